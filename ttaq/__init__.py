@@ -1,0 +1,1 @@
+"""Keep a low-bit vision model accurate while the world around it changes."""
