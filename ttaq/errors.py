@@ -1,4 +1,4 @@
-"""The errors a user can cause: one sentence each that names the caller, what it got, what it expected and what to do."""
+"""The errors a user can cause: one sentence each that says who, what it got, what it expected and what to do."""
 
 from __future__ import annotations
 

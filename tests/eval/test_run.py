@@ -1,0 +1,150 @@
+"""The engine: what a row says, and that no kill changes it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from run_cases import OPTIONS, STREAM, repeatable, small_model
+
+from ttaq.errors import CheckpointError, InputError
+from ttaq.eval import Domains, RowFile, Stream, read_rows, run
+from ttaq.tta import build
+
+
+def make(path: Path, method: str = "tent", **options: object) -> list[dict[str, object]]:
+    with RowFile(path) as rows:
+        return run(small_model(), method, Domains(STREAM), rows, options=options or None)
+
+
+def test_rows_say_what_was_run(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    new = make(path, **OPTIONS)
+    assert read_rows(path) == new
+    *domains, summary = new
+    assert [row["domain"] for row in domains] == list(STREAM.corruptions)
+    assert [row["index"] for row in domains] == [0, 1, 2]
+    for row in domains:
+        assert row["kind"] == "domain"
+        assert (row["method"], row["options"]["lr"], row["stream"], row["seed"]) == ("tent", 0.01, str(STREAM), 0)
+        assert (row["scheme"], row["n"], row["frost"], row["threads"]) == (
+            "float",
+            40,
+            "unused",
+            torch.get_num_threads(),
+        )
+        assert row["versions"]["torch"] == torch.__version__
+        assert row["latency_ms"]["batches"] == 3
+        assert 0 < row["latency_ms"]["p50"] <= row["latency_ms"]["p95"]
+        assert row["memory"]["peak_mb"] > 10
+        assert "resident set" in row["memory"]["of"]
+    assert [row["counters"]["samples"] for row in domains] == [40, 80, 120]
+    assert summary["kind"] == "summary"
+    assert summary["error"] == pytest.approx(sum(row["error"] for row in domains) / 3)
+    assert not path.with_name("rows.jsonl.state").exists()
+
+
+def test_errors_are_those_of_the_adapter(tmp_path: Path) -> None:
+    new = make(tmp_path / "rows.jsonl", "norm")
+    adapter = build("norm", small_model())
+    for index, row in enumerate(new[:-1]):
+        wrong = sum(int((adapter(x).argmax(1) != y).sum()) for x, y in Domains(STREAM).batches(index))
+        assert row["error"] == pytest.approx(100 * wrong / 40)
+
+
+def test_a_complete_cell_does_nothing_and_another_option_is_another_cell(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    make(path, **OPTIONS)
+    before = path.read_bytes()
+    assert make(path, **OPTIONS) == []
+    assert path.read_bytes() == before
+    assert len(make(path, lr=0.02)) == 4
+
+
+def test_killed_at_every_place_and_continued_makes_the_same_rows(tmp_path: Path) -> None:
+    make(tmp_path / "whole.jsonl", **OPTIONS)
+    script = Path(__file__).with_name("run_and_die.py")
+    path = tmp_path / "killed.jsonl"
+    done = subprocess.run([sys.executable, script, path], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    ends = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
+    assert ends.pop("finished") == "0", done.stderr
+    assert set(ends.values()) == {"-9"}, done.stdout
+    assert repeatable(read_rows(path)) == repeatable(read_rows(tmp_path / "whole.jsonl"))
+    assert not path.with_name("killed.jsonl.state").exists()
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 3])
+def test_rows_without_a_state_are_completed_by_running_again(tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "rows.jsonl"
+    new = make(path, **OPTIONS)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:kept]) + lines[kept][:30])
+    make(path, **OPTIONS)
+    assert path.read_text().splitlines(keepends=True)[:kept] == lines[:kept]
+    assert repeatable(read_rows(path)) == repeatable(new)
+
+
+def interrupted(path: Path) -> Path:
+    """A run that stopped behind its first domain; returns its state file."""
+
+    def stop(done: int, total: int, what: str) -> None:
+        if what == STREAM.corruptions[1]:
+            raise KeyboardInterrupt
+
+    with RowFile(path) as rows, pytest.raises(KeyboardInterrupt):
+        run(small_model(), "tent", Domains(STREAM), rows, options=OPTIONS, progress=stop)
+    assert len(read_rows(path)) == 1
+    (state,) = path.with_name(path.name + ".state").iterdir()
+    return state
+
+
+def test_a_state_whose_rows_were_removed_is_not_trusted(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    interrupted(path)
+    path.unlink()
+    assert len(make(path, **OPTIONS)) == 4
+    assert [row["index"] for row in read_rows(path)[:-1]] == [0, 1, 2]
+
+
+def test_a_damaged_state_says_what_to_delete(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    state = interrupted(path)
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=f"delete {state}"):
+        make(path, **OPTIONS)
+
+
+def test_reset_each_shift_makes_domains_independent(tmp_path: Path) -> None:
+    errors = {}
+    for setting in ("continual", "reset_each_shift"):
+        for corruptions in (("contrast",), ("gaussian_noise", "contrast")):
+            stream = Stream("digits", corruptions=corruptions, images=40, batch_size=8, setting=setting)
+            with RowFile(tmp_path / f"{setting}{len(corruptions)}.jsonl") as rows:
+                new = run(small_model(), "tent", Domains(stream), rows, options={"lr": 0.1})
+            errors[setting, len(corruptions)] = (new[-2]["error"], new[-2]["ece"])
+    assert errors["reset_each_shift", 1] == errors["reset_each_shift", 2]
+    assert errors["continual", 1] != errors["continual", 2]
+
+
+def test_what_cannot_be_run_leaves_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    from ttaq.models import build as build_model
+
+    with RowFile(path) as rows:
+        with pytest.raises(InputError, match=r"logits of shape \(16, 7\), expected \[B, 10\] for digits"):
+            run(build_model("cifar_resnet8", width=4, num_classes=7), "source", Domains(STREAM), rows)
+        with pytest.raises(InputError, match="unknown method"):
+            run(small_model(), "wish", Domains(STREAM), rows)
+    assert path.read_bytes() == b""
+
+
+def test_rows_of_another_stream_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    make(path, "source")
+    other = Stream("digits", corruptions=STREAM.corruptions, images=40, batch_size=20)
+    with RowFile(path) as rows, pytest.raises(CheckpointError, match=r"batch_size \(16 against 20\)"):
+        run(small_model(), "source", Domains(other), rows)
+    assert all(json.loads(line)["stream"] == str(STREAM) for line in path.read_text().splitlines())

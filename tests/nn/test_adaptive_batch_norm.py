@@ -1,0 +1,101 @@
+"""AdaptiveBatchNorm2d: torch's layer until told otherwise, then a mix of source and batch statistics."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ttaq.errors import InputError
+from ttaq.nn import AdaptiveBatchNorm2d
+from ttaq_kernels import KernelError
+
+
+def source(**options: object) -> nn.BatchNorm2d:
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.BatchNorm2d(3, **options)
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        if tensor.is_floating_point():
+            tensor.data.uniform_(0.5, 2, generator=generator)
+    return layer
+
+
+def images(count: int = 5) -> Tensor:
+    return 2 * torch.randn(count, 3, 4, 5, generator=torch.Generator().manual_seed(1)) + 1
+
+
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}])
+@pytest.mark.parametrize("training", [False, True])
+def test_without_alpha_it_is_torchs_layer(options: dict, training: bool) -> None:
+    reference = source(**options).train(training)
+    layer = AdaptiveBatchNorm2d.from_float(copy.deepcopy(reference))
+    assert layer.training == training
+    for _ in range(2):
+        assert torch.equal(layer(images()), reference(images()))
+    for key, value in reference.state_dict().items():
+        assert torch.equal(layer.state_dict()[key], value)
+    assert list(layer.state_dict()) == list(reference.state_dict())
+
+
+def test_from_float_shares_parameters_and_buffers() -> None:
+    reference = source()
+    layer = AdaptiveBatchNorm2d.from_float(reference)
+    assert layer.weight is reference.weight
+    assert layer.running_var is reference.running_var
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_alpha_mixes_and_leaves_the_buffers(alpha: float, training: bool) -> None:
+    layer = AdaptiveBatchNorm2d.from_float(source()).train(training)
+    before = copy.deepcopy(layer.state_dict())
+    layer.alpha = alpha
+    x = images()
+    mean = (1 - alpha) * layer.running_mean + alpha * x.mean((0, 2, 3))
+    var = (1 - alpha) * layer.running_var + alpha * x.var((0, 2, 3), correction=0)
+    expected = (x - mean[:, None, None]) / (var[:, None, None] + layer.eps).sqrt()
+    expected = expected * layer.weight[:, None, None] + layer.bias[:, None, None]
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(layer.state_dict()[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize(("count", "prior_n", "alpha"), [(1, 3, 0.25), (4, 4, 0.5), (6, 0, 1.0), (0, 4, 0.0)])
+def test_prior_is_an_alpha_that_depends_on_the_batch(count: int, prior_n: int, alpha: float) -> None:
+    layer = AdaptiveBatchNorm2d.from_float(source())
+    layer.prior_n = prior_n
+    got = layer(images(count))
+    layer.prior_n, layer.alpha = None, alpha
+    assert torch.equal(got, layer(images(count)))
+
+
+def test_one_value_per_channel_becomes_the_bias() -> None:
+    layer = AdaptiveBatchNorm2d.from_float(source())
+    layer.alpha = 1.0
+    assert torch.equal(layer(images(1)[:, :, :1, :1])[0, :, 0, 0], layer.bias)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "prior_n", "message"),
+    [
+        (-0.1, None, "alpha is -0.1"),
+        (1.5, None, "alpha is 1.5"),
+        (0.5, 4, "are both|set one"),
+        (None, -1, "prior_n is -1"),
+    ],
+)
+def test_bad_settings(alpha: float | None, prior_n: int | None, message: str) -> None:
+    layer = AdaptiveBatchNorm2d(3)
+    layer.alpha, layer.prior_n = alpha, prior_n
+    with pytest.raises(InputError, match=message):
+        layer(images())
+
+
+def test_no_source_to_mix_with() -> None:
+    layer = AdaptiveBatchNorm2d.from_float(source(track_running_stats=False))
+    layer.alpha = 0.5
+    with pytest.raises(KernelError):
+        layer(images())
+    layer.alpha = 1.0
+    assert layer(images()).shape == images().shape

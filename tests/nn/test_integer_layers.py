@@ -1,0 +1,292 @@
+"""QuantConv2d and QuantLinear: bit-equal to integer arithmetic, with the gradients of the dequantized layer."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ttaq.nn import QuantConv2d, Quantizer, QuantLinear, integer
+
+
+def draw(seed: int) -> random.Random:
+    torch.manual_seed(seed)
+    return random.Random(seed)
+
+
+@pytest.fixture(autouse=True)
+def _own_random_numbers() -> object:
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+def random_grid_input(shape: tuple[int, ...], bits: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Values on a grid of some zero point, their codes and their scale."""
+    zero_point = int(torch.randint(0, 2**bits, ()))
+    codes = torch.randint(-zero_point, 2**bits - zero_point, shape).float()
+    return codes * torch.tensor(scale), codes, torch.tensor([scale])
+
+
+def weight_codes(layer: QuantConv2d | QuantLinear) -> Tensor:
+    """q - zero_point in float64 from the formula, without the code under test."""
+    quantizer = layer.weight_quantizer
+    shape = (-1, *[1] * (layer.weight.ndim - 1))
+    scale = quantizer.scale.numpy().reshape(shape)
+    zero_point = quantizer.zero_point.numpy().reshape(shape)
+    inverse = np.float32(1) / scale
+    q = np.clip(np.rint(layer.weight.detach().float().numpy() * inverse) + zero_point, quantizer.qmin, quantizer.qmax)
+    return torch.from_numpy((q - zero_point).astype(np.float64))
+
+
+def expected(layer: QuantConv2d | QuantLinear, codes: Tensor, scale: Tensor) -> Tensor:
+    """fp32(acc) * (scale_w * scale_a) + bias, with acc summed in float64."""
+    exact = copy.deepcopy(layer)
+    float_layer = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    exact.weight, exact.bias = nn.Parameter(weight_codes(layer)), None
+    acc = float_layer.forward(exact, codes.double()).float()
+    shape = (-1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
+    y = acc * (layer.weight_quantizer.scale * scale).view(shape)
+    return y if layer.bias is None else y + layer.bias.float().view(shape)
+
+
+def random_conv(rng: random.Random) -> tuple[QuantConv2d, tuple[int, ...]]:
+    groups = rng.choice([1, 1, 2, 4])
+    kernel, dilation = (rng.randint(1, 4), rng.randint(1, 3)), (rng.randint(1, 2), rng.randint(1, 2))
+    mode = rng.choice(["zeros", "zeros", "zeros", "reflect", "replicate", "circular"])
+    padding = rng.choice(["same", "valid", (rng.randint(0, 3), rng.randint(0, 2)), 0])
+    stride = 1 if padding == "same" else (rng.randint(1, 3), rng.randint(1, 3))
+    channels, outputs = groups * rng.randint(1, 6), groups * rng.randint(1, 5)
+    quantizer = Quantizer(rng.randint(2, 8), rng.random() < 0.3, rng.choice([0, 0, None]))
+    layer = QuantConv2d(
+        channels,
+        outputs,
+        kernel,
+        stride,
+        padding,
+        dilation,
+        groups,
+        rng.random() < 0.5,
+        mode,
+        weight_quantizer=quantizer,
+    )
+    layer.calibrate_weight()
+    return layer, (rng.choice([0, 1, 3]), channels, rng.randint(6, 9), rng.randint(6, 11))
+
+
+@pytest.mark.parametrize("exact", [2**24, 2**13, 2**9], ids=["one sum", "pieces", "float64"])
+@pytest.mark.parametrize("seed", range(25))
+def test_convolution_is_exact(seed: int, exact: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integer, "_EXACT", exact)
+    rng = draw(seed)
+    layer, shape = random_conv(rng)
+    x, codes, scale = random_grid_input(shape, rng.randint(2, 8), 10 ** rng.uniform(-4, 1))
+    if rng.random() < 0.3:
+        x = x.to(memory_format=torch.channels_last)
+    assert torch.equal(layer(x, scale), expected(layer, codes, scale))
+
+
+@pytest.mark.parametrize("exact", [2**24, 2**13, 2**9], ids=["one sum", "pieces", "float64"])
+@pytest.mark.parametrize("shape", [(4, 20), (0, 20), (20,), (2, 3, 20), (2, 0, 20)])
+def test_linear_is_exact(shape: tuple[int, ...], exact: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integer, "_EXACT", exact)
+    rng = draw(len(shape))
+    for bits in range(2, 9):
+        layer = QuantLinear(20, 7, bias=bits % 2 == 0, weight_quantizer=Quantizer(bits, bits == 5, 0))
+        layer.calibrate_weight()
+        x, codes, scale = random_grid_input(shape, rng.randint(2, 8), 0.037)
+        assert torch.equal(layer(x, scale), expected(layer, codes, scale))
+
+
+def test_large_sums_are_exact() -> None:
+    """K = 4608 at 8 bits passes 2^24: the plain float32 product is wrong, the layer is not."""
+    draw(0)
+    layer = QuantConv2d(512, 4, 3, bias=False)
+    layer.weight.data.uniform_(0.5, 1)
+    layer.calibrate_weight("minmax")
+    x, codes, scale = torch.full((1, 512, 3, 3), 25.3), torch.full((1, 512, 3, 3), 253.0), torch.tensor([0.1])
+    x += torch.randint(0, 2, x.shape) * 0.1
+    codes = (x / 0.1).round()
+    assert 1 < 512 / layer.weight_codes(1).piece <= 16
+    assert torch.equal(layer(x, scale), expected(layer, codes, scale))
+    naive = torch.conv2d(codes, weight_codes(layer).float())
+    assert not torch.equal(naive.double(), torch.conv2d(codes.double(), weight_codes(layer)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_short_types_carry_the_codes(dtype: torch.dtype) -> None:
+    """bf16 holds 8-bit codes with their scale well enough to recover them; the output is rounded once."""
+    draw(1)
+    layer = QuantConv2d(3, 4, 3).to(dtype)
+    layer.calibrate_weight()
+    for bits in (2, 4, 8):
+        x, codes, scale = random_grid_input((2, 3, 6, 6), bits, 0.0173)
+        assert torch.equal(layer(x.to(dtype), scale), expected(layer, codes, scale).to(dtype))
+
+
+def test_uncalibrated_is_the_float_layer() -> None:
+    draw(2)
+    for layer, x in ((QuantConv2d(3, 4, 3), torch.randn(2, 3, 6, 6)), (QuantLinear(5, 4), torch.randn(2, 5))):
+        plain = nn.Conv2d.forward if isinstance(layer, nn.Conv2d) else nn.Linear.forward
+        assert torch.equal(layer(x), plain(layer, x))
+        assert torch.equal(layer(x, torch.tensor([0.1])), plain(layer, x))
+
+
+def test_without_input_scale_the_weight_is_dequantized() -> None:
+    draw(3)
+    conv, linear = QuantConv2d(3, 4, 3, padding=1), QuantLinear(5, 4)
+    for layer in (conv, linear):
+        layer.calibrate_weight()
+    x, rows = torch.randn(2, 3, 6, 6), torch.randn(2, 5)
+    assert torch.equal(conv(x), functional.conv2d(x, conv.weight_quantizer(conv.weight), conv.bias, padding=1))
+    assert torch.equal(linear(rows), functional.linear(rows, linear.weight_quantizer(linear.weight), linear.bias))
+    conv(x).sum().backward()
+    assert conv.weight.grad is not None
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("seed", range(12))
+def test_gradients_are_those_of_the_dequantized_layer(seed: int, frozen: bool) -> None:
+    rng = draw(seed)
+    if seed % 3:
+        layer, shape = random_conv(rng)
+    else:
+        layer, shape = QuantLinear(9, 4, weight_quantizer=Quantizer(3, axis=0)), (3, 2, 9)
+        layer.calibrate_weight()
+    layer.weight.requires_grad_(not frozen)
+    reference = copy.deepcopy(layer)
+    x, _, scale = random_grid_input(shape, 4, 0.11)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = layer(inputs[0], scale), reference(inputs[1])
+    grad = torch.randn(outputs[0].shape)
+    for output in outputs:
+        output.backward(grad)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-5, atol=1e-6)
+    for name in ("weight", "bias"):
+        got, want = getattr(layer, name), getattr(reference, name)
+        if got is not None and got.requires_grad:
+            torch.testing.assert_close(got.grad, want.grad, rtol=1e-4, atol=1e-4)
+    assert (layer.weight.grad is None) == frozen
+
+
+def test_a_frozen_layer_does_not_hold_its_input() -> None:
+    layer = QuantConv2d(3, 4, 3, bias=False).requires_grad_(False)
+    layer.calibrate_weight()
+    x, _, scale = random_grid_input((5, 3, 20, 20), 4, 0.1)
+    saved = layer(x.requires_grad_(), scale).grad_fn.saved_tensors
+    assert sum(tensor.untyped_storage().nbytes() for tensor in saved) < x.untyped_storage().nbytes() / 10
+
+
+def test_no_graph_without_anything_to_learn() -> None:
+    layer = QuantLinear(5, 4)
+    layer.calibrate_weight()
+    x, _, scale = random_grid_input((2, 5), 4, 0.1)
+    with torch.no_grad():
+        assert not layer(x, scale).requires_grad
+    assert not layer.requires_grad_(False)(x, scale).requires_grad
+
+
+def test_autocast_changes_nothing() -> None:
+    draw(4)
+    for layer, shape in ((QuantConv2d(3, 4, 3), (2, 3, 6, 6)), (QuantLinear(30, 4), (2, 30))):
+        layer.calibrate_weight()
+        x, codes, scale = random_grid_input(shape, 8, 0.0173)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x.requires_grad_(), scale)
+        assert torch.equal(y, expected(layer, codes, scale))
+        y.sum().backward()
+        assert x.grad.dtype == torch.float32
+
+
+def test_unbatched_image() -> None:
+    draw(5)
+    layer = QuantConv2d(3, 4, 3)
+    layer.calibrate_weight()
+    x, _, scale = random_grid_input((3, 6, 6), 4, 0.1)
+    assert torch.equal(layer(x, scale), layer(x[None], scale)[0])
+
+
+WRITES = {
+    "in place": lambda layer: layer.weight.mul_(2.1),
+    "load_state_dict": lambda layer: layer.load_state_dict({"weight": layer.weight * 2.1}, strict=False),
+    "new parameter": lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight * 2.1)),
+    "new data": lambda layer: setattr(layer.weight, "data", layer.weight.data * 2.1),
+    "optimizer": lambda layer: torch.optim.SGD([layer.weight], 1.1).step(
+        lambda: setattr(layer.weight, "grad", -layer.weight.detach().clone())
+    ),
+    "grid": lambda layer: layer.weight_quantizer.scale.mul_(2.1),
+    "new grid": lambda layer: layer.weight_quantizer.set_grid(
+        layer.weight_quantizer.scale * 1.3, layer.weight_quantizer.zero_point
+    ),
+    "calibration": lambda layer: layer.calibrate_weight("minmax"),
+    "zero point": lambda layer: layer.weight_quantizer.zero_point.add_(1),
+    "double and back": lambda layer: (layer.double(), layer.weight.mul_(2.1), layer.float()),
+    "limit": lambda layer: setattr(layer, "input_limit", 2**20),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_codes_follow_the_weight(write: str) -> None:
+    draw(6)
+    layer = QuantLinear(20, 4, bias=False, weight_quantizer=Quantizer(3, axis=0))
+    layer.calibrate_weight()
+    x, codes, scale = random_grid_input((2, 20), 8, 0.1)
+    before = layer(x, scale)
+    codes_before = layer.weight_codes(1)
+    assert layer.weight_codes(1) is codes_before, "an unchanged weight is not quantized again"
+    grid = layer.weight_quantizer.scale, layer.weight_quantizer.zero_point
+    with torch.no_grad():
+        WRITES[write](layer)
+        if write == "load_state_dict":
+            assert layer.weight_quantizer.scale is None
+            layer.weight_quantizer.set_grid(*grid)
+    assert layer.weight_codes(1) is not codes_before
+    if write != "limit":
+        assert not torch.equal(layer(x, scale), before)
+    assert torch.equal(layer(x, scale), expected(layer, codes, scale))
+
+
+def test_copies_are_independent() -> None:
+    draw(7)
+    layer = QuantLinear(20, 4)
+    layer.calibrate_weight()
+    x, codes, scale = random_grid_input((2, 20), 8, 0.1)
+    y = layer(x, scale)
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        twin.weight.mul_(0.5)
+    assert torch.equal(layer(x, scale), y)
+    assert torch.equal(twin(x, scale), expected(twin, codes, scale))
+
+
+def test_first_run_in_inference_mode_then_training() -> None:
+    draw(8)
+    layer = QuantConv2d(3, 4, 3)
+    layer.calibrate_weight()
+    x, codes, scale = random_grid_input((2, 3, 6, 6), 4, 0.1)
+    with torch.inference_mode():
+        y = layer(x, scale)
+    x.requires_grad_()
+    layer(x, scale).sum().backward()
+    assert x.grad is not None
+    assert torch.equal(y, expected(layer, codes, scale))
+
+
+def test_from_float_shares_parameters_and_draws_nothing() -> None:
+    state = torch.get_rng_state()
+    for layer, kind in (
+        (nn.Conv2d(4, 6, (3, 2), groups=2, padding="same"), QuantConv2d),
+        (nn.Linear(5, 4), QuantLinear),
+    ):
+        state = torch.get_rng_state()
+        new = kind.from_float(layer.eval())
+        assert torch.equal(torch.get_rng_state(), state)
+        assert new.weight is layer.weight
+        assert new.bias is layer.bias
+        assert not new.training
+        assert list(new.state_dict()) == ["weight", "bias"]
+        assert new.extra_repr() == layer.extra_repr()

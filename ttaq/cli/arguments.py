@@ -1,0 +1,133 @@
+"""Arguments that several commands share, and the types of their values."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ttaq.errors import DataError, InputError
+from ttaq.eval.stream import DATASETS
+
+__all__ = [
+    "add_data",
+    "add_device",
+    "at_least_one",
+    "check_output",
+    "integers",
+    "method_options",
+    "names",
+    "set_up_torch",
+    "three_numbers",
+]
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """`--dataset` and `--data`."""
+    parser.add_argument("--dataset", choices=list(DATASETS), default="cifar10", help="which images")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=os.environ.get("TTAQ_DATA"),
+        metavar="DIR",
+        help="folder of the images, or one that holds it; without it the environment variable TTAQ_DATA",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """`--device` and `--threads`."""
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, or auto: cuda where there is one")
+    parser.add_argument("--threads", type=at_least_one, metavar="N", help="CPU threads; without it what torch chooses")
+
+
+def set_up_torch(args: argparse.Namespace) -> torch.device:
+    """The chosen device, after setting the number of threads."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if args.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        raise InputError(f"--device: unknown device {args.device!r}, expected cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device: {args.device} asked for, but torch finds no CUDA device here; choose cpu")
+    return device
+
+
+def names(text: str) -> list[str]:
+    """`a,b,c` as a list without repetitions."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or len(set(parts)) != len(parts):
+        raise argparse.ArgumentTypeError(f"expected different names separated by commas, got {text!r}")
+    return parts
+
+
+def integers(text: str) -> list[int]:
+    """`0,1,2` as a list without repetitions."""
+    try:
+        return [int(part) for part in names(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers separated by commas, got {text!r}") from None
+
+
+def at_least_one(text: str) -> int:
+    """An integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return value
+
+
+def three_numbers(text: str) -> list[float]:
+    """`0.5,0.5,0.5` as a list."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) != 3:
+        raise argparse.ArgumentTypeError(f"expected three numbers separated by commas, got {text!r}")
+    return values
+
+
+def method_options(items: Sequence[str], methods: Sequence[str]) -> Mapping[str, dict[str, Any]]:
+    """`["tent.lr=1e-3"]` as `{"tent": {"lr": 0.001}}`; values are Python literals, anything else is a string."""
+    options: dict[str, dict[str, Any]] = {method: {} for method in methods}
+    for item in items:
+        name, equals, text = item.partition("=")
+        method, dot, option = name.partition(".")
+        if not (equals and dot and option):
+            raise InputError(f"--option: got {item!r}, expected METHOD.NAME=VALUE such as tent.lr=1e-3")
+        if method not in options:
+            raise InputError(f"--option: {item!r} is for {method!r}, which is not among --methods {','.join(methods)}")
+        options[method][option] = _literal(text)
+    return options
+
+
+def _literal(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def check_output(path: Path, flag: str) -> None:
+    """Refuse a file that could not be written, before any work is done for it."""
+    folder = path.parent
+    if not folder.is_dir():
+        raise DataError(f"{flag}: the folder {folder} does not exist; create it or choose another one")
+    if path.is_dir():
+        raise DataError(f"{flag}: {path} is a folder, expected a file name")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise DataError(f"{flag}: {path} cannot be written, permission is missing; choose another place")

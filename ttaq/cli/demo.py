@@ -1,0 +1,80 @@
+"""See it work: handwritten digits under 15 corruptions, a 4-bit network, and what adaptation brings back."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from ttaq.cli.arguments import at_least_one
+from ttaq.cli.demo_model import ARCHITECTURE, demo_model
+from ttaq.cli.progress import ProgressLine
+from ttaq.errors import DataError
+from ttaq.eval import Domains, ModelInfo, Report, RowFile, Stream, build_report, calibration_images, plot, run, table
+from ttaq.io import model_hash
+from ttaq.ptq import quantize
+
+__all__ = ["IF_INTERRUPTED", "add_arguments", "execute"]
+
+IF_INTERRUPTED = "run the command again"
+
+_SCHEME = "W4A4"
+_METHODS = ("source", "norm", "tent")
+_CALIBRATION = 256
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `ttaq demo`."""
+    parser.add_argument("--out", type=Path, default=Path("ttaq-demo"), metavar="DIR", help="folder for rows and plot")
+    parser.add_argument("--severity", type=int, choices=range(1, 6), default=3, help="strength of the corruptions")
+    parser.add_argument(
+        "--images", type=at_least_one, default=600, metavar="N", help="test images per corruption, at most 600"
+    )
+    parser.add_argument("--threads", type=at_least_one, metavar="N", help="CPU threads; without it what torch chooses")
+
+
+def execute(args: argparse.Namespace) -> None:
+    """Run the command."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        rows_file, picture = args.out / "rows.jsonl", args.out / "demo.png"
+        rows_file.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"demo: cannot use the folder {args.out} ({error.strerror}); choose another with --out"
+        ) from None
+    with ProgressLine("training") as progress:
+        model, origin = demo_model(progress)
+    print(f"network: {ARCHITECTURE} on 1,197 handwritten digits, {origin}")
+    images = calibration_images("digits", None, _CALIBRATION, 0)
+    models = {"float": model, _SCHEME: quantize(model, images, _SCHEME, "rtn")}
+    stream = Stream("digits", severity=args.severity, images=args.images, split="all", batch_size=100)
+    domains = Domains(stream)
+    with RowFile(rows_file) as rows:
+        for scheme, each in models.items():
+            quantization = None if scheme == "float" else "rtn"
+            info = ModelInfo(ARCHITECTURE, scheme, quantization, None if scheme == "float" else 0, model_hash(each))
+            for method in _METHODS:
+                with ProgressLine(f"{scheme} {method}") as progress:
+                    run(each, method, domains, rows, info=info, progress=progress)
+        report = build_report(rows.rows)
+    print(_errors(report))
+    print(
+        f"{args.images} test images per corruption, severity {args.severity}, batches of {stream.batch_size}, "
+        f"one seed: differences of a point or two are chance."
+    )
+    plot(report, picture)
+    print(f"rows: {rows_file}\nplot: {picture.resolve()}")
+
+
+def _errors(report: Report) -> str:
+    entries = [report.entries[group, method] for group in report.groups for method in _METHODS]
+    header = ["error %", *(f"{entry.rows[0][0]['scheme']} {entry.method}" for entry in entries)]
+    lines = [
+        [domain, *(f"{entry.rows[0][index]['error']:.1f}" for entry in entries)]
+        for index, domain in enumerate(report.domains)
+    ]
+    return table(header, [*lines, ["mean", *(f"{entry.means()[0]:.1f}" for entry in entries)]])

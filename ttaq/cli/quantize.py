@@ -1,0 +1,72 @@
+"""Quantize a float model with calibration images and write a model file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ttaq.cli.arguments import add_data, add_device, at_least_one, check_output, set_up_torch
+from ttaq.cli.models import MODEL_HELP, load
+from ttaq.cli.progress import ProgressLine
+from ttaq.errors import InputError
+from ttaq.eval import calibration_images
+from ttaq.io import save_model
+from ttaq.ptq import METHODS, quantize
+from ttaq.scheme import Scheme
+
+__all__ = ["IF_INTERRUPTED", "add_arguments", "execute"]
+
+IF_INTERRUPTED = "no file was written; run the command again"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `ttaq quantize`."""
+    parser.add_argument("--model", required=True, metavar="MODEL", help=MODEL_HELP)
+    add_data(parser)
+    parser.add_argument(
+        "--scheme", required=True, help="bits and exceptions, such as W8A8, W4A4 or W4A4,first_last=none,linear=W8A8"
+    )
+    parser.add_argument("--method", default="rtn", help=f"how to quantize: {', '.join(METHODS)}")
+    parser.add_argument("--search", default="mse", help="how scales are found: mse or minmax")
+    parser.add_argument("--calibration", type=at_least_one, default=1024, metavar="N", help="calibration images")
+    parser.add_argument("--seed", type=int, default=0, help="draws the calibration images")
+    parser.add_argument("--batch-size", type=at_least_one, default=64, metavar="N", help="images per batch")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="model file to write")
+    add_device(parser)
+
+
+def execute(args: argparse.Namespace) -> None:
+    """Run the command."""
+    check_output(args.out, "--out")
+    scheme = Scheme.parse(args.scheme)
+    device = set_up_torch(args)
+    loaded = load(args.model)
+    if loaded.info.scheme != "float":
+        raise InputError(f"quantize: {args.model} is already quantized ({loaded.info.scheme}); give its float model")
+    images = calibration_images(args.dataset, args.data, args.calibration, args.seed)
+    with ProgressLine(f"{args.method} {scheme}") as progress:
+        model = quantize(
+            loaded.model.to(device),
+            images,
+            scheme,
+            args.method,
+            search=args.search,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            progress=progress,
+        )
+    save_model(
+        args.out,
+        model,
+        architecture=loaded.architecture,
+        kwargs=loaded.kwargs,
+        method=args.method,
+        extra={
+            "calibration_seed": args.seed,
+            "quantization": {"calibration": f"{args.calibration}x{args.dataset}", "search": args.search},
+            "source_hash": loaded.info.model_hash,
+        },
+    )
+    layers = model.report
+    quantized = sum(layer.weight_bits is not None for layer in layers)
+    print(f"{args.out}: {scheme} by {args.method}, {quantized} of {len(layers)} layers, {args.calibration} images")

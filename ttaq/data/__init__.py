@@ -1,0 +1,19 @@
+"""Labelled images from folders the user names, as uint8; which of them serve for what; and their corruptions."""
+
+from ttaq.data.cifar import read_cifar10, read_cifar100, read_cifar_c
+from ttaq.data.digits import load_digits
+from ttaq.data.images import Images, to_float
+from ttaq.data.splits import SPLITS, calibration_indices, cifar_split, imagenet_split
+
+__all__ = [
+    "SPLITS",
+    "Images",
+    "calibration_indices",
+    "cifar_split",
+    "imagenet_split",
+    "load_digits",
+    "read_cifar10",
+    "read_cifar100",
+    "read_cifar_c",
+    "to_float",
+]

@@ -1,0 +1,24 @@
+"""Layers of a model that runs on few bits and adapts, and the conversion of a float model to them."""
+
+from ttaq.nn.adapt_norms import adapt_norms
+from ttaq.nn.batch_norm import AdaptiveBatchNorm2d
+from ttaq.nn.conv import QuantConv2d
+from ttaq.nn.convert import convert
+from ttaq.nn.graph_model import QuantizedModel, activation_quantizers, quantized_layers
+from ttaq.nn.linear import QuantLinear
+from ttaq.nn.quantizer import Quantizer
+from ttaq.nn.report import LayerReport, Report
+
+__all__ = [
+    "AdaptiveBatchNorm2d",
+    "LayerReport",
+    "QuantConv2d",
+    "QuantLinear",
+    "QuantizedModel",
+    "Quantizer",
+    "Report",
+    "activation_quantizers",
+    "adapt_norms",
+    "convert",
+    "quantized_layers",
+]

@@ -1,0 +1,35 @@
+"""Test-time adaptation: one file per method, one interface (`Adapter`) for all."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from torch import nn
+
+from ttaq.errors import InputError
+from ttaq.tta.adapter import Adapter
+from ttaq.tta.norm import Norm
+from ttaq.tta.source import Source
+from ttaq.tta.tent import Tent
+
+__all__ = ["METHODS", "Adapter", "Norm", "Source", "Tent", "build"]
+
+METHODS: dict[str, type[Adapter]] = {method.method: method for method in (Source, Norm, Tent)}
+
+
+def build(name: str, model: nn.Module, **options: object) -> Adapter:
+    """The method called `name` on `model`: `build("tent", model, lr=1e-3)` is `Tent(model, lr=1e-3)`.
+
+    `InputError`, naming what there is, for an unknown method or option.
+    """
+    if name not in METHODS:
+        raise InputError(f"build: unknown method {name!r}, expected one of {', '.join(sorted(METHODS))}")
+    method: Callable[..., Adapter] = METHODS[name]
+    signature = inspect.signature(method)
+    try:
+        signature.bind(model, **options)
+    except TypeError as error:
+        known = [str(option.replace(annotation=option.empty)) for option in signature.parameters.values()][1:]
+        raise InputError(f"build: {name}: {error}; its options are {', '.join(known)}") from error
+    return method(model, **options)

@@ -1,0 +1,221 @@
+"""The protocol of test-time adaptation: `logits = adapter(x)`, with a state that can be reset, saved, moved, copied."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from ttaq.errors import InputError
+from ttaq.nn.adapt_norms import adapt_norms
+from ttaq.nn.hash_tensors import hash_tensors
+from ttaq.tta.checkpoint import check_state
+from ttaq.tta.images import check_images
+from ttaq.tta.optimizer import zero_state
+
+__all__ = ["Adapter"]
+
+
+class Adapter(nn.Module):
+    """A model that adapts to the images it sees: `logits = adapter(x)`, x [B, C, H, W] -> [B, classes], without labels.
+
+    The adapter owns a deep copy of `model` in eval mode; the model passed in is never touched, and `train()` or
+    `eval()` on the adapter do not reach the copy. It works inside `torch.no_grad()`, `torch.inference_mode()` and
+    `torch.autocast`, after `.to()`, and with `copy.deepcopy`; parameters that learn stay in float32. Images that cannot
+    be used raise `InputError` before anything changes; `check_finite` counts NaN and Inf among them, at the price of
+    one host synchronisation per batch on a GPU. Without it a step never waits for the device.
+
+    A method is a subclass. Its `__init__` hands its options (values that JSON knows) to this class and, if it learns,
+    ends with `adapt`; its `step` computes the logits of a batch and learns through `update`. Whatever changes is one of
+    four things, which `reset`, `state_dict`, `.to()` and `copy.deepcopy` therefore cover by themselves: the adapted
+    parameters, the optimizer's state, the counters, and buffers that the method registers on itself before `adapt` and
+    changes in place (made outside inference mode, as here: `@torch.inference_mode(False)` on `__init__`). `step` gets x
+    detached, with gradients enabled; a forward of `self.model` alone changes nothing.
+    """
+
+    method: ClassVar[str]
+
+    @torch.inference_mode(False)
+    def __init__(self, model: nn.Module, *, options: Mapping[str, Any], check_finite: bool) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module) or isinstance(model, Adapter):
+            raise InputError(f"{self._who}: got {type(model).__name__}, expected the bare model, a torch.nn.Module")
+        self.model = adapt_norms(copy.deepcopy(model)).eval().requires_grad_(False)
+        self.options = dict(options)
+        self.check_finite = check_finite
+        self.counters = {"batches": 0, "samples": 0, "updates": 0}
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._adapted: dict[str, nn.Parameter] = {}
+        self._initial: dict[str, dict[str, Tensor]] = {}
+        self._source: str | None = None
+        self._accepted: set[tuple[object, ...]] = set()
+
+    @torch.inference_mode(False)
+    def adapt(self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        """Declare what the method learns: `parameters` of `self.model` by name, with `optimizer`. Ends `__init__`."""
+        for parameter in parameters.values():
+            self._refuse_half(parameter.dtype)
+        self._adapted, self.optimizer = dict(parameters), optimizer
+        zero_state(optimizer)
+        for parameter in self._adapted.values():
+            parameter.requires_grad_(True)
+        initial = {part: values for part, values in self._mutable().items() if part != "optimizer"}
+        self._initial = {part: {name: v.clone() for name, v in values.items()} for part, values in initial.items()}
+
+    def step(self, x: Tensor) -> Tensor:
+        """The method: the logits of the batch, and what it learns from it."""
+        raise NotImplementedError
+
+    def update(self, loss: Tensor) -> None:
+        """One optimizer step on `loss`. Leaves no gradients behind, not even when it is interrupted."""
+        if self.optimizer is None or not loss.requires_grad:
+            raise InputError(
+                f"{self._who}: the loss does not depend on any adapted parameter; "
+                f"look for a detach or no_grad inside the model"
+            )
+        try:
+            with torch.autocast(loss.device.type, enabled=False):
+                loss.backward()  # type: ignore[no-untyped-call]
+                self.optimizer.step()
+        finally:
+            self.optimizer.zero_grad()
+        # Autocast keeps its casts of trainable weights until the outermost block ends: possibly the whole stream.
+        torch.clear_autocast_cache()
+        self.counters["updates"] += 1
+
+    @torch.inference_mode(False)
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, classes], detached: unless the method says otherwise, those before it learns from the batch."""
+        x = self._check(x)
+        with torch.enable_grad():
+            logits = self.step(x).detach()
+        self.counters["batches"] += 1
+        self.counters["samples"] += len(x)
+        return logits
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """Logits [B, classes] of the model as it is now. Nothing is learned and nothing is counted."""
+        logits: Tensor = self.model(self._check(x))
+        return logits
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Return, bit for bit, to the state after construction."""
+        mutable = self._mutable()
+        for part, values in self._initial.items():
+            for name, value in values.items():
+                mutable[part][name].copy_(value)
+        if self.optimizer is not None:
+            zero_state(self.optimizer)
+        torch.clear_autocast_cache()
+        self.counters = dict.fromkeys(self.counters, 0)
+
+    def parameters_adapted(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that the method learns, with their names in the model."""
+        return list(self._adapted.items())
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def state_dict(self, *args: object, **kwargs: object) -> dict[str, Any]:  # type: ignore[override]
+        """What distinguishes this adapter from a new one, in copies that later steps do not change.
+
+        `method`, `options`, `source` (hash of the source model, as in the header of its file), `counters`, and by name
+        the tensors `adapted`, `optimizer` and `extra`. Not the weights of the model.
+        """
+        if args or kwargs:
+            raise InputError(
+                f"{self._who}.state_dict: takes no arguments; save an adapter by itself, not with a parent"
+            )
+        copies = {part: {name: v.clone() for name, v in values.items()} for part, values in self._mutable().items()}
+        return {**self._identity(), "counters": dict(self.counters), **copies}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Continue where `state_dict` was called, with the same outputs bit for bit.
+
+        `CheckpointError`, with the adapter left as it was, for a state that is damaged or of another method, other
+        options or another source model.
+        """
+        mutable = self._mutable()
+        check_state(self._who, state, {**self._identity(), "counters": self.counters, **mutable})
+        for part, values in mutable.items():
+            for name, value in values.items():
+                value.copy_(state[part][name])
+        torch.clear_autocast_cache()
+        self.counters = dict(state["counters"])
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the adapter's own flag only: how the model treats statistics and dropout is the method's business."""
+        self.training = mode
+        return self
+
+    @property
+    def _who(self) -> str:
+        return type(self).__name__
+
+    def _check(self, x: Tensor) -> Tensor:
+        """The images, if they can be used, detached and made ready for autograd."""
+        some = next(itertools.chain(self.model.parameters(), self.model.buffers()), None)
+        x = check_images(self._who, x, device=None if some is None else some.device, finite=self.check_finite)
+        x = x.clone() if x.is_inference() else x.detach()
+        kind = (x.shape[1:], x.dtype, torch.is_autocast_enabled(x.device.type))
+        if kind not in self._accepted:
+            self._try(x.clone())  # a model may change its input in place
+            self._accepted.add(kind)
+        return x
+
+    @torch.no_grad()
+    def _try(self, x: Tensor) -> None:
+        """Find out, once for every kind of images, what only the model knows: whether it turns them into logits."""
+        kind = f"[B, {', '.join(map(str, x.shape[1:]))}] and {x.dtype}"
+        try:
+            logits = self.model(x)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise InputError(f"{self._who}: the model cannot take images of shape {kind}: {error}") from error
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
+            got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+            raise InputError(f"{self._who}: the model answers with {got}, expected logits [{len(x)}, classes]")
+
+    def _refuse_half(self, dtype: torch.dtype) -> None:
+        if dtype in (torch.bfloat16, torch.float16):
+            raise InputError(
+                f"{self._who}: the parameters to adapt would be {dtype}, where a learning step rounds to nothing; "
+                f"expected float32, keep the model so and run it under torch.autocast"
+            )
+
+    def _mutable(self) -> dict[str, dict[str, Tensor]]:
+        """Every tensor that adaptation changes: the live ones."""
+        state = {} if self.optimizer is None else self.optimizer.state
+        return {
+            "adapted": {name: parameter.detach() for name, parameter in self._adapted.items()},
+            "optimizer": {f"{name}/{key}": v for name, p in self._adapted.items() for key, v in state[p].items()},
+            "extra": {name: buffer for name, buffer in self.named_buffers() if not name.startswith("model.")},
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        if self._source is None:  # taken when first needed, since it reads every weight
+            initial = {id(p): self._initial["adapted"][name] for name, p in self._adapted.items()}
+            state = self.model.state_dict(keep_vars=True)
+            self._source = hash_tensors({n: initial.get(id(v), v) for n, v in state.items() if isinstance(v, Tensor)})
+        return {"method": self.method, "options": dict(self.options), "source": self._source}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """`.to()` and its kin: what nn.Module does not know of moves along."""
+        if self._adapted:
+            self._refuse_half(fn(torch.zeros(())).dtype)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._initial = {part: {name: fn(v) for name, v in values.items()} for part, values in self._initial.items()}
+        for parameter, state in {} if self.optimizer is None else self.optimizer.state.items():
+            # A step count stays fp32 whatever the parameters become.
+            state.update({key: v.to(parameter.device) if v.ndim == 0 else fn(v) for key, v in state.items()})
+        self._source = None
+        self._accepted.clear()
+        return self

@@ -1,0 +1,122 @@
+"""Tensors seen as [images, channels, positions] with three strides, so that NCHW and channels_last need no copy."""
+
+import math
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ttaq_kernels._launch import ceil_div, next_power_of_2, tl, triton
+from ttaq_kernels.errors import KernelError
+
+# Device functions stay without types: Triton has none.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+__all__ = ["Tiles", "check_channels", "evenly_spaced", "laid_out_like", "offsets", "tile"]
+
+Strides = tuple[int, int, int]
+
+# Tiles where neighbouring channels, or else neighbouring positions, are neighbours in memory: the elements of a tile, and
+# how far it reaches along these neighbours. Planes of odd size need more addresses per element, hence their tile is small.
+_CHANNELS_INSIDE = (4096, 64)
+_POSITIONS_INSIDE = (2048, 256)
+# Programs of a reduction: enough for the largest GPU, and the same for all GPUs, since the split decides the rounding.
+_REDUCING_PROGRAMS = 512
+
+
+@triton.jit
+def tile(chunk, column, positions, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
+    """The image, the channels [BLOCK_C, 1] and the positions [1, BLOCK_S] of a tile."""
+    chunks_per_image = tl.cdiv(positions, BLOCK_S)
+    # The divisions are 32 bits wide, which are several times quicker; what meets a stride is 64 bits wide.
+    offs_c = column.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+    offs_s = tl.cast(chunk % chunks_per_image, tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)[None, :]
+    return tl.cast(chunk // chunks_per_image, tl.int64), offs_c, offs_s
+
+
+@triton.jit
+def offsets(image, offs_c, offs_s, strides):
+    """Where the elements of a tile lie in a tensor with these strides."""
+    return image * strides[0] + offs_c * strides[1] + offs_s * strides[2]
+
+
+def check_channels(who: str, x: Tensor) -> None:
+    """`x` has a dimension of channels."""
+    if x.ndim < 2:
+        raise KernelError(f"{who}: x has shape {tuple(x.shape)}, expected [N, C] or [N, C, ...]; unsqueeze it")
+
+
+def evenly_spaced(x: Tensor) -> bool:
+    """Whether all positions of a channel are one step apart, from the first to the last."""
+    spatial = [(size, step) for size, step in zip(x.shape[2:], x.stride()[2:], strict=True) if size != 1]
+    return all(outer == size * step for (_, outer), (size, step) in pairwise(spatial))
+
+
+def laid_out_like(grad: Tensor, x: Tensor) -> Tensor:
+    """`grad`, copied where its neighbours in memory are not those of `x`.
+
+    A kernel that follows `x` would read it one element per memory access.
+    """
+    if evenly_spaced(grad) and (grad.stride(1) == 1) == (x.stride(1) == 1):
+        return grad
+    copy = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
+    return copy if evenly_spaced(copy) else copy.contiguous()
+
+
+def _strides(x: Tensor) -> Strides:
+    """Steps in memory from image to image, channel to channel and position to position."""
+    steps = [step for size, step in zip(x.shape[2:], x.stride()[2:], strict=True) if size != 1]
+    return x.stride(0), x.stride(1), steps[-1] if steps else 0
+
+
+class Tiles(NamedTuple):
+    """Tensors of one shape, cut into tiles of `block_c` channels x `block_s` positions.
+
+    Where every tensor allows it, the positions of all images make one long row. `columns` counts the blocks of
+    channels, `chunks` the tiles of each block.
+    """
+
+    channels: int
+    positions: int
+    columns: int
+    chunks: int
+    strides: tuple[Strides, ...]
+    block_c: int
+    block_s: int
+
+    @classmethod
+    def of(cls, *tensors: Tensor) -> "Tiles":
+        """Tiles that suit the memory layout of the first tensor; all are evenly spaced."""
+        images, channels = tensors[0].shape[:2]
+        positions = math.prod(tensors[0].shape[2:])
+        strides = tuple(_strides(tensor) for tensor in tensors)
+        if positions == 1:
+            strides = tuple((0, channel, image) for image, channel, _ in strides)
+            images, positions = 1, images
+        elif images == 1 or all(image == positions * position for image, _, position in strides):
+            images, positions = 1, images * positions
+        if strides[0][1] == 1:
+            elements, width = _CHANNELS_INSIDE
+            block_c = min(next_power_of_2(channels), width)
+            block_s = min(next_power_of_2(positions), elements // block_c)
+        else:
+            elements, width = _POSITIONS_INSIDE
+            block_s = min(next_power_of_2(positions), width)
+            block_c = min(next_power_of_2(channels), elements // block_s)
+        chunks = images * ceil_div(positions, block_s)
+        return cls(channels, positions, ceil_div(channels, block_c), chunks, strides, block_c, block_s)
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        return {"BLOCK_C": self.block_c, "BLOCK_S": self.block_s}
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """What an element-wise kernel takes; it runs one program per tile."""
+        return self.channels, self.positions, self.columns
+
+    def reducing(self) -> tuple[int, int, int]:
+        """chunks, chunks per part and parts of a reduction, which runs `columns` x parts programs."""
+        per_part = max(1, ceil_div(self.chunks * self.columns, _REDUCING_PROGRAMS))
+        return self.chunks, per_part, ceil_div(self.chunks, per_part)
