@@ -17,8 +17,8 @@ __all__ = ["Tiles", "check_channels", "evenly_spaced", "laid_out_like", "offsets
 
 Strides = tuple[int, int, int]
 
-# Tiles where neighbouring channels, or else neighbouring positions, are neighbours in memory: the elements of a tile, and
-# how far it reaches along these neighbours. Planes of odd size need more addresses per element, hence their tile is small.
+# Tiles where neighbouring channels, or else neighbouring positions, are neighbours in memory: the elements of a tile,
+# and how far it reaches along these neighbours. Planes of odd size need an address per element, hence the small tile.
 _CHANNELS_INSIDE = (4096, 64)
 _POSITIONS_INSIDE = (2048, 256)
 # Programs of a reduction: enough for the largest GPU, and the same for all GPUs, since the split decides the rounding.

@@ -33,6 +33,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(folder / "float.safetensors", model, architecture="cifar_resnet8", kwargs=KWARGS)
     quantized = quantize(model, calibration_images("digits", None, 16, 0), "W4A4")
     save_model(folder / "q.safetensors", quantized, architecture="cifar_resnet8", kwargs=KWARGS, method="rtn")
+    with patch("ttaq.io.container.FORMAT_VERSION", 99):
+        save_model(folder / "newer.safetensors", model, architecture="cifar_resnet8", kwargs=KWARGS)
     torch.save(
         {"state_dict": {f"module.{name}": value for name, value in model.state_dict().items()}}, folder / "net.pth"
     )

@@ -86,14 +86,16 @@ DEATHS = [
 
 
 def main(path: Path) -> None:
+    torch.set_num_threads(1)  # A child has none of its parent's other threads.
+    model, domains = small_model(), Domains(STREAM)
+    Tent(model)  # Loads what an optimizer needs, once for all children.
     for death in DEATHS:
         child = os.fork()
         if child == 0:
-            torch.set_num_threads(1)
             if death is not None:
                 death()
             with RowFile(path) as rows:
-                run(small_model(), "tent", Domains(STREAM), rows, options=OPTIONS)
+                run(model, "tent", domains, rows, options=OPTIONS)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         print("finished" if death is None else death.__name__, os.waitstatus_to_exitcode(status), flush=True)

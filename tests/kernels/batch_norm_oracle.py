@@ -1,4 +1,4 @@
-"""Batch norm written a second time, in float64 and differentiated by autograd, and the checks of the kernels against it."""
+"""Batch norm written a second time, in float64 and differentiated by autograd, and what the kernels must keep to."""
 
 import torch
 from kernel_tolerances import BATCH_NORM_MEAN, BATCH_NORM_RSTD, BATCH_NORM_SUMS, BATCH_NORM_VAR

@@ -160,7 +160,9 @@ def test_parameters_with_gaps(kernel_device: torch.device) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(64, 64, 56, 56), (64, 512, 7, 7), (200, 160, 32, 32), (64, 2048, 7, 7), (4096, 768)])
+@pytest.mark.parametrize(
+    "shape", [(64, 64, 56, 56), (64, 512, 7, 7), (200, 160, 32, 32), (64, 2048, 7, 7), (4096, 768)]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_shapes_of_networks(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
     if layout not in layouts_of(len(shape)):

@@ -1,5 +1,6 @@
 """Every kernel, with the configurations it ships, compiled for sm_80, sm_89, sm_90 and sm_100 without a GPU."""
 
+import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ttaq_kernels import fake_quant
+from ttaq_kernels import fake_quant, losses
 
 pytestmark = pytest.mark.aot
+
+# The package exports a function of the same name.
+batch_norm = importlib.import_module("ttaq_kernels.batch_norm")
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,55 @@ def _fake_quantize_launches() -> list[Launch]:
     ]
 
 
+def _batch_norm(x: Tensor, alpha: float) -> None:
+    """Moments (unless alpha is 0), forward and backward."""
+    channel = torch.ones(x.shape[1])
+    batch_norm._launch_forward(x, channel, channel, channel, channel, alpha, 1e-5)
+    batch_norm._launch_backward(x, x, channel, torch.ones(3, x.shape[1]), alpha, True, True)
+
+
+def _batch_norm_launches() -> list[Launch]:
+    layouts = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+    # Planes with and without aligned rows, and a single row of positions.
+    shapes = {"56x56": (4, 64, 56, 56), "14x14": (64, 256, 14, 14), "7x7": (64, 512, 7, 7)}
+    return [
+        Launch(
+            f"batch_norm-{size}-{layout}-{str(dtype).removeprefix('torch.')}-alpha_{alpha}",
+            lambda shape=shape, layout=layout, dtype=dtype, alpha=alpha: _batch_norm(
+                torch.zeros(shape, dtype=dtype).contiguous(memory_format=layouts[layout]), alpha
+            ),
+            registers=128,
+            rounds=True,
+        )
+        for size, shape in shapes.items()
+        for layout in layouts
+        for dtype in (torch.bfloat16, torch.float32)
+        for alpha in (0.0, 0.5)
+        if (dtype is torch.bfloat16 and (alpha or size == "56x56")) or (size, alpha) == ("7x7", 0.5)
+    ]
+
+
+def _softmax_entropy(classes: int, dtype: torch.dtype) -> None:
+    logits, row = torch.zeros(64, classes, dtype=dtype), torch.zeros(64)
+    losses._launch_value(logits)
+    losses._launch_gradient(row, logits, row, row, row)
+
+
+def _softmax_entropy_launches() -> list[Launch]:
+    return [
+        Launch(
+            f"softmax_entropy-{classes}-{str(dtype).removeprefix('torch.')}",
+            lambda classes=classes, dtype=dtype: _softmax_entropy(classes, dtype),
+            registers=64,
+        )
+        for classes, dtype in ((10, torch.bfloat16), (1000, torch.bfloat16), (22_000, torch.float32))
+    ]
+
+
 LAUNCHES = [
     *_fake_quantize_launches(),
+    *_batch_norm_launches(),
+    *_softmax_entropy_launches(),
 ]
 
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ttaq.nn import QuantizedModel, activation_quantizers, quantized_layers
+
 
 class Lambda(nn.Module):
     def __init__(self, function) -> None:
@@ -232,3 +234,22 @@ def make(name: str, seed: int = 0) -> nn.Module:
 
 def images(count: int, seed: int = 0) -> Tensor:
     return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def calibrate(model: QuantizedModel, x: Tensor) -> QuantizedModel:
+    """Grids from one batch: enough for tests of structure."""
+    seen: dict[str, Tensor] = {}
+    quantizers = activation_quantizers(model)
+    handles = [
+        quantizer.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0]))
+        for name, quantizer in quantizers.items()
+    ]
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    for name, quantizer in quantizers.items():
+        quantizer.calibrate(seen[name], search="minmax")
+    for layer in quantized_layers(model).values():
+        layer.calibrate_weight("minmax")
+    return model

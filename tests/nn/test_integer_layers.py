@@ -5,53 +5,19 @@ from __future__ import annotations
 import copy
 import random
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from integer_oracle import draw, expected, random_grid_input, weight_codes
+from torch import nn
 from torch.nn import functional
 
 from ttaq.nn import QuantConv2d, Quantizer, QuantLinear, integer
-
-
-def draw(seed: int) -> random.Random:
-    torch.manual_seed(seed)
-    return random.Random(seed)
 
 
 @pytest.fixture(autouse=True)
 def _own_random_numbers() -> object:
     with torch.random.fork_rng(devices=[]):
         yield
-
-
-def random_grid_input(shape: tuple[int, ...], bits: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Values on a grid of some zero point, their codes and their scale."""
-    zero_point = int(torch.randint(0, 2**bits, ()))
-    codes = torch.randint(-zero_point, 2**bits - zero_point, shape).float()
-    return codes * torch.tensor(scale), codes, torch.tensor([scale])
-
-
-def weight_codes(layer: QuantConv2d | QuantLinear) -> Tensor:
-    """q - zero_point in float64 from the formula, without the code under test."""
-    quantizer = layer.weight_quantizer
-    shape = (-1, *[1] * (layer.weight.ndim - 1))
-    scale = quantizer.scale.numpy().reshape(shape)
-    zero_point = quantizer.zero_point.numpy().reshape(shape)
-    inverse = np.float32(1) / scale
-    q = np.clip(np.rint(layer.weight.detach().float().numpy() * inverse) + zero_point, quantizer.qmin, quantizer.qmax)
-    return torch.from_numpy((q - zero_point).astype(np.float64))
-
-
-def expected(layer: QuantConv2d | QuantLinear, codes: Tensor, scale: Tensor) -> Tensor:
-    """fp32(acc) * (scale_w * scale_a) + bias, with acc summed in float64."""
-    exact = copy.deepcopy(layer)
-    float_layer = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
-    exact.weight, exact.bias = nn.Parameter(weight_codes(layer)), None
-    acc = float_layer.forward(exact, codes.double()).float()
-    shape = (-1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
-    y = acc * (layer.weight_quantizer.scale * scale).view(shape)
-    return y if layer.bias is None else y + layer.bias.float().view(shape)
 
 
 def random_conv(rng: random.Random) -> tuple[QuantConv2d, tuple[int, ...]]:
@@ -210,72 +176,6 @@ def test_unbatched_image() -> None:
     assert torch.equal(layer(x, scale), layer(x[None], scale)[0])
 
 
-WRITES = {
-    "in place": lambda layer: layer.weight.mul_(2.1),
-    "load_state_dict": lambda layer: layer.load_state_dict({"weight": layer.weight * 2.1}, strict=False),
-    "new parameter": lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight * 2.1)),
-    "new data": lambda layer: setattr(layer.weight, "data", layer.weight.data * 2.1),
-    "optimizer": lambda layer: torch.optim.SGD([layer.weight], 1.1).step(
-        lambda: setattr(layer.weight, "grad", -layer.weight.detach().clone())
-    ),
-    "grid": lambda layer: layer.weight_quantizer.scale.mul_(2.1),
-    "new grid": lambda layer: layer.weight_quantizer.set_grid(
-        layer.weight_quantizer.scale * 1.3, layer.weight_quantizer.zero_point
-    ),
-    "calibration": lambda layer: layer.calibrate_weight("minmax"),
-    "zero point": lambda layer: layer.weight_quantizer.zero_point.add_(1),
-    "double and back": lambda layer: (layer.double(), layer.weight.mul_(2.1), layer.float()),
-    "limit": lambda layer: setattr(layer, "input_limit", 2**20),
-}
-
-
-@pytest.mark.parametrize("write", WRITES)
-def test_codes_follow_the_weight(write: str) -> None:
-    draw(6)
-    layer = QuantLinear(20, 4, bias=False, weight_quantizer=Quantizer(3, axis=0))
-    layer.calibrate_weight()
-    x, codes, scale = random_grid_input((2, 20), 8, 0.1)
-    before = layer(x, scale)
-    codes_before = layer.weight_codes(1)
-    assert layer.weight_codes(1) is codes_before, "an unchanged weight is not quantized again"
-    grid = layer.weight_quantizer.scale, layer.weight_quantizer.zero_point
-    with torch.no_grad():
-        WRITES[write](layer)
-        if write == "load_state_dict":
-            assert layer.weight_quantizer.scale is None
-            layer.weight_quantizer.set_grid(*grid)
-    assert layer.weight_codes(1) is not codes_before
-    if write != "limit":
-        assert not torch.equal(layer(x, scale), before)
-    assert torch.equal(layer(x, scale), expected(layer, codes, scale))
-
-
-def test_copies_are_independent() -> None:
-    draw(7)
-    layer = QuantLinear(20, 4)
-    layer.calibrate_weight()
-    x, codes, scale = random_grid_input((2, 20), 8, 0.1)
-    y = layer(x, scale)
-    twin = copy.deepcopy(layer)
-    with torch.no_grad():
-        twin.weight.mul_(0.5)
-    assert torch.equal(layer(x, scale), y)
-    assert torch.equal(twin(x, scale), expected(twin, codes, scale))
-
-
-def test_first_run_in_inference_mode_then_training() -> None:
-    draw(8)
-    layer = QuantConv2d(3, 4, 3)
-    layer.calibrate_weight()
-    x, codes, scale = random_grid_input((2, 3, 6, 6), 4, 0.1)
-    with torch.inference_mode():
-        y = layer(x, scale)
-    x.requires_grad_()
-    layer(x, scale).sum().backward()
-    assert x.grad is not None
-    assert torch.equal(y, expected(layer, codes, scale))
-
-
 def test_from_float_shares_parameters_and_draws_nothing() -> None:
     state = torch.get_rng_state()
     for layer, kind in (
@@ -290,3 +190,15 @@ def test_from_float_shares_parameters_and_draws_nothing() -> None:
         assert not new.training
         assert list(new.state_dict()) == ["weight", "bias"]
         assert new.extra_repr() == layer.extra_repr()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("channels", [16, 64, 512])
+def test_cuda_is_exact_whatever_algorithm_it_picks(channels: int, bits: int) -> None:
+    draw(channels + bits)
+    layer = QuantConv2d(channels, 64, 3, padding=1, weight_quantizer=Quantizer(bits, axis=0))
+    layer.calibrate_weight()
+    x, codes, scale = random_grid_input((16, channels, 28, 28), bits, 0.1)
+    assert torch.equal(layer.cuda()(x.cuda(), scale.cuda()).cpu(), expected(layer.cpu(), codes, scale))

@@ -245,3 +245,11 @@ def test_errors(case: str) -> None:
 
 def test_methods_are_named() -> None:
     assert "rtn" in METHODS
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_images_follow_the_model_to_its_device() -> None:
+    quantized = quantize(net().cuda(), images(), "W8A8")
+    assert all(tensor.is_cuda for tensor in quantized.state_dict().values())
+    assert quantized(images(2).cuda()).is_cuda

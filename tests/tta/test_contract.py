@@ -165,6 +165,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "unknown tensor": (_change("adapted", "9.weight.old", torch.zeros(1)), "has unknown 9.weight.old"),
 }
 DAMAGE_OF_LEARNED = {
+    "option is a tensor": (_change("options", "*", torch.zeros(2)), "saved with option"),
     "no tensor": (_change("adapted", "*"), "lacks"),
     "tensor of other shape": (_change("adapted", "*", lambda t: t.new_zeros(99)), "(99,)"),
     "tensor of other dtype": (_change("adapted", "*", lambda t: t.double()), "torch.float64"),
@@ -251,10 +252,10 @@ def test_moves_to_another_dtype_with_all_its_state(name: str) -> None:
     adapter = make(name)
     first, second, third = stream()
     adapter(first)
+    adapter.state_dict()  # takes the hash of the float model
     adapter.double()
-    state = adapter.state_dict()
-    moved = {key: v.dtype for part in ("adapted", "extra", "optimizer") for key, v in state[part].items()}
-    assert moved == {key: torch.float32 if key.endswith("/step") else torch.float64 for key in moved}
+    with pytest.raises(InputError, match=r"cannot take images of shape \[B, 3, 8, 8\] and torch.float32"):
+        adapter(first)  # which it took before
     assert adapter(second.double()).dtype == torch.float64
     adapter.reset()
     fresh = TESTED[name](batch_norm_net().double()).double()
@@ -269,7 +270,10 @@ def test_a_stay_in_another_dtype_and_layout_ends_where_it_began(name: str, net: 
     adapter, twin = make(name, net), make(name, net)
     first, *rest = stream()
     adapter(first), twin(first)
-    adapter.double().to(memory_format=torch.channels_last).to(torch.float32)
+    state = adapter.double().state_dict()
+    moved = {key: v.dtype for part in ("adapted", "extra", "optimizer") for key, v in state[part].items()}
+    assert moved == {key: torch.float32 if key.endswith("/step") else torch.float64 for key in moved}
+    adapter.to(memory_format=torch.channels_last).to(torch.float32)
     assert_same(adapter.state_dict(), twin.state_dict())
     adapter.to(memory_format=torch.contiguous_format)
     assert_same([adapter(x) for x in rest], [twin(x) for x in rest])

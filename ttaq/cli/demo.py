@@ -10,8 +10,10 @@ import torch
 from ttaq.cli.arguments import at_least_one
 from ttaq.cli.demo_model import ARCHITECTURE, demo_model
 from ttaq.cli.progress import ProgressLine
+from ttaq.data import load_digits, to_float
 from ttaq.errors import DataError
 from ttaq.eval import Domains, ModelInfo, Report, RowFile, Stream, build_report, calibration_images, plot, run, table
+from ttaq.eval.metrics import error_percent
 from ttaq.io import model_hash
 from ttaq.ptq import quantize
 
@@ -27,9 +29,9 @@ _CALIBRATION = 256
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ttaq demo`."""
     parser.add_argument("--out", type=Path, default=Path("ttaq-demo"), metavar="DIR", help="folder for rows and plot")
-    parser.add_argument("--severity", type=int, choices=range(1, 6), default=3, help="strength of the corruptions")
+    parser.add_argument("--severity", type=int, choices=range(1, 6), default=5, help="strength of the corruptions")
     parser.add_argument(
-        "--images", type=at_least_one, default=600, metavar="N", help="test images per corruption, at most 600"
+        "--images", type=at_least_one, default=300, metavar="N", help="test images per corruption, at most 600"
     )
     parser.add_argument("--threads", type=at_least_one, metavar="N", help="CPU threads; without it what torch chooses")
 
@@ -49,6 +51,7 @@ def execute(args: argparse.Namespace) -> None:
     with ProgressLine("training") as progress:
         model, origin = demo_model(progress)
     print(f"network: {ARCHITECTURE} on 1,197 handwritten digits, {origin}")
+    print(f"{_clean_error(model):.1f} % error on 600 clean test images")
     images = calibration_images("digits", None, _CALIBRATION, 0)
     models = {"float": model, _SCHEME: quantize(model, images, _SCHEME, "rtn")}
     stream = Stream("digits", severity=args.severity, images=args.images, split="all", batch_size=100)
@@ -68,6 +71,12 @@ def execute(args: argparse.Namespace) -> None:
     )
     plot(report, picture)
     print(f"rows: {rows_file}\nplot: {picture.resolve()}")
+
+
+@torch.no_grad()
+def _clean_error(model: torch.nn.Module) -> float:
+    test = load_digits()[1]
+    return error_percent(model(to_float(test.images)).argmax(1) == test.labels)
 
 
 def _errors(report: Report) -> str:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ttaq.data.digits import load_digits
-from ttaq.data.images import to_float
+from ttaq.data import load_digits, to_float
 from ttaq.errors import CheckpointError
 from ttaq.eval.measure import Progress
 from ttaq.io import load_model, save_model

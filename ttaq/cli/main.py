@@ -82,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.execute(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print(f"\nttaq {args.command}: interrupted; {args.if_interrupted}", file=sys.stderr)
+        new_line = "\n" if sys.stderr.isatty() else ""  # Behind the ^C that a terminal shows.
+        print(f"{new_line}ttaq {args.command}: interrupted; {args.if_interrupted}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of a pipe left, as `head` does. What is still buffered has nowhere to go.

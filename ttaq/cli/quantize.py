@@ -67,6 +67,5 @@ def execute(args: argparse.Namespace) -> None:
             "source_hash": loaded.info.model_hash,
         },
     )
-    layers = model.report
-    quantized = sum(layer.weight_bits is not None for layer in layers)
-    print(f"{args.out}: {scheme} by {args.method}, {quantized} of {len(layers)} layers, {args.calibration} images")
+    quantized = sum(layer.weight_bits is not None for layer in model.report)
+    print(f"{args.out}: {scheme} by {args.method}, {quantized} quantized layers, {args.calibration} calibration images")

@@ -26,7 +26,7 @@ def markdown(report: Report) -> str:
     seeds = ", ".join(map(str, report.seeds))
     parts = [
         "# Error under corruption",
-        f"Stream: `{flags}`; seeds {seeds}.",
+        f"Stream: `{flags}`; seeds {seeds}. All seeds see the same images, in another order and with other noise.",
         "Figures are means over seeds, ± is the half width of the 95 % t interval over the n seeds (a single seed has "
         "none). The difference is paired: per seed the mean over domains minus that of "
         f"{report.baseline}, negative is better.",
@@ -34,6 +34,7 @@ def markdown(report: Report) -> str:
     for group in report.groups:
         parts += [f"## {group}", *_calibration(report, group), _summary(report, group), _by_domain(report, group)]
         parts += _gaps(report, group)
+    parts.append(_memory_note(report))
     parts.append("Made with " + " and with ".join(report.made_with) + ".")
     return "\n\n".join(parts) + "\n"
 
@@ -93,6 +94,13 @@ def _calibration(report: Report, group: str) -> list[str]:
         one = f"Calibrated with calibration seed {seeds.pop()} for every stream seed"
         return [f"{one}: the intervals leave out what other calibration images would change."]
     return [f"Calibration seeds {', '.join(map(str, sorted(seeds)))}."] if seeds else []
+
+
+def _memory_note(report: Report) -> str:
+    rows = [row for entry in report.entries.values() for rows in entry.rows.values() for row in rows]
+    sources = dict.fromkeys(row["memory"]["of"] for row in rows)
+    latency = "Latency is that of prediction and update together, averaged over domains and seeds"
+    return f"{latency}; memory: {', '.join(sources)}."
 
 
 def _gaps(report: Report, group: str) -> list[str]:

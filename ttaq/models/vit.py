@@ -1,4 +1,4 @@
-"""Vision transformers (Dosovitskiy et al., 2010.11929) and DeiT (Touvron et al., 2012.12877) under timm's weight names."""
+"""Vision transformers (Dosovitskiy et al., 2010.11929; DeiT: Touvron et al., 2012.12877) with timm's weight names."""
 
 from __future__ import annotations
 

@@ -44,9 +44,8 @@ def trace(model: nn.Module, who: str) -> fx.Graph:
         for module, mode in modes.items():
             module.training = mode
     # Tracing leaves the arguments that it fixed in the signature, each with a check that it has its default.
-    fixed = {
-        node: None for node in graph.nodes if node.op == "placeholder" and node.name.rpartition("_")[0] in defaults
-    }
+    names = {f"{name}_1" for name in defaults}
+    fixed = {node: None for node in graph.nodes if node.op == "placeholder" and node.target in names}
     for node in graph.nodes:
         if any(source in fixed for source in node.all_input_nodes):
             fixed[node] = None

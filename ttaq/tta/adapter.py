@@ -214,8 +214,8 @@ class Adapter(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._initial = {part: {name: fn(v) for name, v in values.items()} for part, values in self._initial.items()}
         for parameter, state in {} if self.optimizer is None else self.optimizer.state.items():
-            # A step count stays fp32 whatever the parameters become.
-            state.update({key: v.to(parameter.device) if v.ndim == 0 else fn(v) for key, v in state.items()})
+            # The step count stays fp32 whatever the parameters become.
+            state.update({key: v.to(parameter.device) if key == "step" else fn(v) for key, v in state.items()})
         self._source = None
         self._accepted.clear()
         return self

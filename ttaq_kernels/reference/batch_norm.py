@@ -1,7 +1,7 @@
 """Adaptive batch norm in plain PyTorch: what the kernels are tested against, and the CPU path.
 
-Same order of operations as the kernels, in float32 (float64 for float64 inputs); `reference.moments` says how the passes
-walk over the batch.
+Same order of operations as the kernels, in float32 (float64 for float64 inputs); `reference.moments` says how the
+passes walk over the batch.
 """
 
 import torch

@@ -3,12 +3,15 @@
 Every function works in float32, or in float64 for float64 logits.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 __all__ = ["softmax_entropy_backward", "softmax_entropy_forward"]
+
+
+def _finite(log_p: Tensor) -> Tensor:
+    """-inf made the smallest number: times p = 0 that gives 0, the limit of p ln p, and not NaN."""
+    return log_p.clamp_min(torch.finfo(log_p.dtype).min)
 
 
 def softmax_entropy_forward(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -21,8 +24,7 @@ def softmax_entropy_forward(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     shifted = z - maximum.unsqueeze(1)
     weights = shifted.exp()
     total = weights.sum(1)
-    # exp(-inf) * -inf is NaN, but the limit of p ln p at p = 0 is 0.
-    moment = (weights * shifted.masked_fill(weights == 0, 0.0)).sum(1)
+    moment = weights.mul(_finite(shifted)).sum(1)
     log_sum = total.log()
     return log_sum - moment / total, maximum, log_sum
 
@@ -34,5 +36,5 @@ def softmax_entropy_backward(
     z = logits.to(entropy.dtype)
     log_p = (z - maximum.unsqueeze(1)) - log_sum.unsqueeze(1)
     p = log_p.exp()
-    slope = p * (log_p.masked_fill(p == 0, 0.0) + entropy.unsqueeze(1))
+    slope = _finite(log_p).add_(entropy.unsqueeze(1)).mul_(p)
     return (-grad_entropy.unsqueeze(1) * slope).to(logits.dtype)

@@ -51,8 +51,10 @@ VALIDATION_KINDS: dict[str, Kind] = {
 KINDS = TEST_KINDS | VALIDATION_KINDS
 CORRUPTIONS = tuple(TEST_KINDS)
 VALIDATION_CORRUPTIONS = tuple(VALIDATION_KINDS)
-# The widest kernel of the small table reaches 8 pixels past the border, which mirroring can give from 9 pixels on.
-SMALLEST_SIDE = 9
+# The widest kernel reaches 10 pixels past the border, which mirroring can give from 11 pixels on.
+SMALLEST_SIDE = 11
+# Pixels worked on at a time, 2,048 images of 32 x 32: the blurs hold several enlarged copies of what they work on.
+PIECE = 1 << 21
 
 
 def checked(images: Tensor, name: str, severity: int, generator: torch.Generator) -> Tensor:
@@ -75,12 +77,12 @@ def checked(images: Tensor, name: str, severity: int, generator: torch.Generator
             f"expected at least {SMALLEST_SIDE} a side; enlarge them"
         )
     if images.dtype is torch.uint8:
-        return to_float(images)
+        return to_float(images).contiguous()
     if images.numel():
-        low, high = (float(bound) for bound in images.aminmax())
+        low, high = (float(bound) for bound in images.detach().aminmax())
         if not (low >= 0 and high <= 1):
             raise InputError(f"corrupt: got images with values from {low} to {high}, expected all in [0, 1]")
-    return images
+    return images.contiguous()
 
 
 def corrupt(
@@ -93,7 +95,7 @@ def corrupt(
 ) -> Tensor:
     """A corrupted copy of images, as ImageNet-C and CIFAR-10-C would hold it.
 
-    images: (N, 3, H, W), fp32 in [0, 1] or uint8, on any device, at least 9 pixels a side; not modified. name: one of
+    images: (N, 3, H, W), fp32 in [0, 1] or uint8, on any device, at least 11 pixels a side; not modified. name: one of
     CORRUPTIONS or VALIDATION_CORRUPTIONS. severity: 1 to 5. generator: source of all random numbers; each image gets
     its own. It may live on another device than the images. frost_textures: a folder with the published textures
     frost1 to frost5 (needs Pillow), used by frost only; see `frost_source`.
@@ -114,6 +116,8 @@ def corrupt(
     kind = partial(frost, textures=frost_textures) if name == "frost" else KINDS[name]
     if not len(clean):
         return torch.empty_like(clean)
+    numbers = parameters_of(name, severity, clean.shape[2], clean.shape[3])
+    draw = Draw(generator, clean.device)
+    size = max(1, PIECE // (clean.shape[2] * clean.shape[3]))
     with torch.no_grad(), torch.autocast(clean.device.type, enabled=False):
-        numbers = parameters_of(name, severity, clean.shape[2], clean.shape[3])
-        return truncate_to_level(kind(clean, numbers, Draw(generator, clean.device)))
+        return torch.cat([truncate_to_level(kind(piece, numbers, draw)) for piece in torch.split(clean, size)])

@@ -55,8 +55,7 @@ def elastic_transform(images: Tensor, parameters: Parameters, draw: Draw) -> Ten
     strength, smoothness, jitter = (side * share for share in parameters)
     third = side // 3
     shape = torch.tensor([[1, 1], [1, -1], [-1, -1]], dtype=torch.float32, device=images.device)
-    # The original takes (H // 2, W // 2) for (x, y); the same for square images.
-    middle = torch.tensor([height // 2, width // 2], dtype=torch.float32, device=images.device)
+    middle = torch.tensor([width // 2, height // 2], dtype=torch.float32, device=images.device)
     corners = (middle + third * shape).expand(count, 3, 2)
     moved = corners + draw.uniform(-jitter, jitter, count, 3, 2)
     images = sample(images, *affine_sources(corners, moved, height, width), mirror_pixels=True)

@@ -34,7 +34,7 @@ def texture_files(folder: Path) -> tuple[Path, ...]:
             raise DataError(
                 f"frost: {folder} has no frost{number}{{{','.join(SUFFIXES)}}}; give all of 1 to {TEXTURES}"
             )
-        found.append(file)
+        found.append(file.resolve())
     return tuple(found)
 
 

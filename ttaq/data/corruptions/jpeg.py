@@ -88,8 +88,8 @@ def jpeg_compression(images: Tensor, parameters: Parameters, draw: Draw) -> Tens
 
     quality at 32 px: 80, 65, 58, 50, 40. At 224 px: 25, 18, 15, 10, 7. Draws nothing.
     Source: arXiv 1903.12261, hendrycks/robustness; the format is ITU-T T.81, the tables' scaling libjpeg's.
-    Differs from the original: PIL's libjpeg-turbo uses a 13-bit integer cosine transform, this one fp32; measured
-    against PIL the result agrees to over 50 dB PSNR. Images off the levels k/255 are rounded to them first.
+    Differs from the original: PIL's libjpeg-turbo uses a 13-bit integer cosine transform, this one fp32; against PIL
+    the result has a PSNR of 53 dB or more. Images off the levels k/255 are rounded to them first.
     """
     (quality,) = parameters
     return compress((images * 255).round(), int(quality)) / 255

@@ -16,7 +16,8 @@ TOLERANCE = 1e-3
 def truncate_to_level(images: Tensor) -> Tensor:
     """`floor(255 x) / 255` of x clipped to [0, 1], fp32: what casting to uint8 does, and so what the stored sets hold.
 
-    A value less than 1/1000 of a level under a level counts as that level.
+    A value less than 1/1000 of a level under a level counts as that level. In the original the rounding errors of fp64
+    let some of those fall to the next: most at saturate 3, by one level in 15 % of the values.
     """
     levels = images.clamp(0, 1).mul_(255).add_(TOLERANCE).floor_()
     return to_float(levels.to(torch.uint8))
