@@ -44,7 +44,7 @@ bench: $(VENV)/.dev
 
 # Runs with the python3 that is there: a GPU machine often has no network. Each call continues where the last one stopped.
 gpu:
-	$(PYTHON) -m pytest -m gpu tests/kernels
+	$(PYTHON) -m pytest -m gpu
 	$(PYTHON) -m benchmarks.run --device cuda --budget-s $(BUDGET_S) --out $(OUT)/kernels_cuda.jsonl
 
 clean:

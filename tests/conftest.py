@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# The tensors of the tests are small: a second thread costs more than it brings, and on a busy machine very much more.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:

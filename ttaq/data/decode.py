@@ -36,7 +36,7 @@ def decode_image(
     Raises DataError for a file that is missing, damaged, not an image, or of a size that the preprocessing cannot use,
     MissingPackageError without Pillow.
     """
-    pillow = require("PIL.Image", "plot", "decode_image")
+    pillow = require("PIL.Image", "images", "decode_image")
     try:
         with pillow.open(path) as file:
             image = _rgb(file, pillow)

@@ -54,7 +54,7 @@ def frost_source(frost_textures: Path | None) -> Literal["textures", "procedural
 def read_texture(path: Path, stride: int) -> Tensor:
     """uint8 (3, H, W) on the CPU: the picture, an alpha channel ignored; with a stride only the middle pixel of each
     stride x stride block (bilinear resizing by 1/5 with pixel centres aligned reads just those)."""
-    image = require("PIL.Image", "plot", "frost")
+    image = require("PIL.Image", "images", "frost")
     try:
         with image.open(path) as picture:
             pixels = torch.from_numpy(np.array(picture.convert("RGB")))

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ttaq.data.corruptions.draw import Draw
@@ -45,14 +46,14 @@ def transform_matrix() -> Tensor:
 def through_blocks(planes: Tensor, table: list[int]) -> Tensor:
     """fp32 planes (N, H, W) of levels, sides multiples of 8: DCT of each 8 x 8 block, divided by the table, rounded,
     multiplied, transformed back, rounded, clipped to 0..255."""
-    count, height, width = planes.shape
+    _, height, width = planes.shape
     matrix = transform_matrix().to(planes.device)
     steps = torch.tensor(table, dtype=torch.float32, device=planes.device)
-    blocks = planes.view(count, height // 8, 8, width // 8, 8).transpose(2, 3).reshape(-1, 64) - 128
+    blocks = rearrange(planes, "n (row i) (col j) -> (n row col) (i j)", i=8, j=8) - 128
     eighths = (torch.matmul(blocks, matrix.T) * 8 + 0.5).floor()
     kept = eighths.sign() * ((eighths.abs() + 4 * steps) / (8 * steps)).floor() * steps
     back = (torch.matmul(kept, matrix) + 128.5).floor().clamp_(0, 255)
-    return back.view(count, height // 8, width // 8, 8, 8).transpose(2, 3).reshape(count, height, width)
+    return rearrange(back, "(n row col) (i j) -> n (row i) (col j)", row=height // 8, col=width // 8, i=8)
 
 
 def compress(levels: Tensor, quality: int) -> Tensor:
