@@ -35,7 +35,8 @@ class _NoGpuDriver:
         return torch.device("cpu")
 
     def get_current_device(self) -> int:
-        return 0
+        """One device per GPU: Triton keeps what it compiled by device, and would hand it out for the next GPU."""
+        return int(self._target.arch)
 
     def get_current_stream(self, device: int = 0) -> int:
         return 0

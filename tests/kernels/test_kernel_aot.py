@@ -70,23 +70,26 @@ def _batch_norm(x: Tensor, alpha: float) -> None:
 
 
 def _batch_norm_launches() -> list[Launch]:
-    layouts = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-    # Planes with and without aligned rows, and a single row of positions.
-    shapes = {"56x56": (4, 64, 56, 56), "14x14": (64, 256, 14, 14), "7x7": (64, 512, 7, 7)}
+    # Planes with and without aligned rows; with alpha 0 the moments and their gradients fall away.
+    bf16, nchw, nhwc = torch.bfloat16, torch.contiguous_format, torch.channels_last
+    kinds: dict[str, tuple[tuple[int, ...], torch.memory_format, torch.dtype, float]] = {
+        "56x56-nchw-bfloat16": ((4, 64, 56, 56), nchw, bf16, 0.5),
+        "56x56-channels_last-bfloat16": ((4, 64, 56, 56), nhwc, bf16, 0.5),
+        "56x56-channels_last-bfloat16-alpha_0": ((4, 64, 56, 56), nhwc, bf16, 0.0),
+        "14x14-nchw-bfloat16": ((64, 256, 14, 14), nchw, bf16, 0.5),
+        "7x7-nchw-float32": ((64, 512, 7, 7), nchw, torch.float32, 0.5),
+        "7x7-channels_last-float32": ((64, 512, 7, 7), nhwc, torch.float32, 0.5),
+    }
     return [
         Launch(
-            f"batch_norm-{size}-{layout}-{str(dtype).removeprefix('torch.')}-alpha_{alpha}",
+            f"batch_norm-{name}",
             lambda shape=shape, layout=layout, dtype=dtype, alpha=alpha: _batch_norm(
-                torch.zeros(shape, dtype=dtype).contiguous(memory_format=layouts[layout]), alpha
+                torch.zeros(shape, dtype=dtype).contiguous(memory_format=layout), alpha
             ),
             registers=128,
             rounds=True,
         )
-        for size, shape in shapes.items()
-        for layout in layouts
-        for dtype in (torch.bfloat16, torch.float32)
-        for alpha in (0.0, 0.5)
-        if (dtype is torch.bfloat16 and (alpha or size == "56x56")) or (size, alpha) == ("7x7", 0.5)
+        for name, (shape, layout, dtype, alpha) in kinds.items()
     ]
 
 
@@ -123,6 +126,7 @@ def test_compiled_kernel(launch: Launch, capability: int) -> None:
     kernels = compile_launches(capability, launch.call)
     assert kernels, f"{launch.name} launches nothing"
     for kernel in kernels:
+        assert re.search(rf"^\.target sm_{capability}", kernel.ptx, re.MULTILINE), f"{kernel.name} is for another GPU"
         assert kernel.usage["REG"] <= launch.registers, f"{kernel.name} uses {kernel.usage['REG']} registers"
         assert kernel.usage["LOCAL"] == kernel.usage["STACK"] == 0, f"{kernel.name} spills: {kernel.usage}"
         assert kernel.shared <= SHARED_LIMIT[capability], f"{kernel.name} uses {kernel.shared} bytes of shared memory"
