@@ -29,7 +29,9 @@ def test_number_of_parameters(depth: int, count: int) -> None:
 
 
 def test_every_name_is_tested() -> None:
-    assert {name for name in NAMES if name.startswith("cifar_resnet")} == {f"cifar_resnet{depth}" for depth in PARAMETERS}
+    assert {name for name in NAMES if name.startswith("cifar_resnet")} == {
+        f"cifar_resnet{depth}" for depth in PARAMETERS
+    }
 
 
 def test_stages_halve_the_image_and_double_the_channels() -> None:
