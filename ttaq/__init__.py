@@ -2,8 +2,8 @@
 
 `quantize` turns a float model into a low-bit one, `tta.build` wraps either in an adapter that learns from the images it
 predicts, `save_model` and `load_model` keep it in one file. The subpackages hold the parts: `nn` layers and conversion,
-`ptq` methods of quantization, `tta` methods of adaptation, `io` files; `models`, `data` and `eval` serve the command line
-and the experiments.
+`ptq` methods of quantization, `tta` methods of adaptation, `io` files; `models`, `data` and `eval` serve the command
+line and the experiments.
 """
 
 from ttaq import io, nn, ptq, tta

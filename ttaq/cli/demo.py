@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", type=at_least_one, default=300, metavar="N", help="test images per corruption, at most 600"
     )
-    parser.add_argument("--threads", type=at_least_one, default=1, metavar="N", help="CPU threads; the network is small")
+    parser.add_argument("--threads", type=at_least_one, default=1, metavar="N", help="CPU threads; small tensors")
 
 
 def execute(args: argparse.Namespace) -> None:

@@ -27,7 +27,7 @@ _Statistics = tuple[Sequence[float], Sequence[float]]
 
 def is_external(name: str) -> bool:
     """Whether `name` is PACKAGE:NAME with one of PACKAGES."""
-    package, colon, _ = name.partition(":")
+    package, colon, _ = str(name).partition(":")  # a damaged header may say anything
     return bool(colon) and package in PACKAGES
 
 
