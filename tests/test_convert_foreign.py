@@ -15,7 +15,7 @@ from torch import nn
 from ttaq.convert_foreign import convert_foreign
 from ttaq.errors import CheckpointError, InputError
 from ttaq.io import load_model
-from ttaq.models import build
+from ttaq.models import build, classifier_name
 
 KWARGS = {"num_classes": 5, "width": 4}
 X = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -69,6 +69,29 @@ def test_nestings_prefixes_and_names(tmp_path: Path, wrap, place: str, zipped: b
     assert (header["architecture"], header["kwargs"], header["scheme"]) == ("cifar_resnet8", KWARGS, None)
     sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
     assert header["extra"] == {"source": {"file": "old.pth.tar", "sha256": sha256, "entry": place}}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "called"),
+    [
+        ("resnet18", {"width": 4, "num_classes": 3}, "fc"),
+        ("resnet18", {"width": 4, "num_classes": 3}, "classifier"),
+        ("cifar_resnet8", {"width": 4, "num_classes": 3}, "fc"),
+        ("mobilenet_v1", {"width": 8, "num_classes": 3}, "head"),
+    ],
+)
+def test_every_architecture_keeps_the_name_of_its_last_layer(
+    tmp_path: Path, name: str, options: dict[str, int], called: str
+) -> None:
+    model = build(name, **options)
+    own = classifier_name(name)
+    state = {key.replace(f"{own}.", f"{called}."): value for key, value in model.state_dict().items()}
+    # As RobustBench keeps the normalisation beside the weights.
+    torch.save(state | {"mu": torch.zeros(3, 1, 1), "sigma": torch.ones(3, 1, 1)}, tmp_path / "theirs.pth")
+    header = convert_foreign(tmp_path / "theirs.pth", tmp_path / "ours", name)
+    assert header["kwargs"] == options
+    loaded = load_model(tmp_path / "ours").model
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
 
 
 def test_plain_safetensors(tmp_path: Path) -> None:

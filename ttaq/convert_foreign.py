@@ -20,7 +20,7 @@ from ttaq.errors import CheckpointError
 from ttaq.io import read_header, save_model
 from ttaq.io.container import read_tensors
 from ttaq.io.models import build_with
-from ttaq.models import infer_kwargs
+from ttaq.models import classifier_name, infer_kwargs
 
 __all__ = ["convert_foreign"]
 
@@ -31,8 +31,10 @@ _ENTRIES = (
 )
 # What wrappers (DataParallel, torch.compile, a normalising wrapper) put in front of every name.
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.", "encoder.")
-# What others call the last layer.
-_CLASSIFIERS = ("fc", "classifier", "head", "output")
+# What the last layer is called here and elsewhere.
+_CLASSIFIERS = ("fc", "classifier", "head", "output", "linear")
+# The counter of an averaged model; the normalisation that RobustBench keeps beside the weights.
+_NO_WEIGHTS = ("n_averaged", "mu", "sigma")
 
 
 def convert_foreign(
@@ -59,7 +61,7 @@ def convert_foreign(
     options.
     """
     tensors, place = _read(Path(source), entry)
-    tensors = _own_names(tensors)
+    tensors = _own_names(tensors, classifier_name(architecture))
     options = {**infer_kwargs(architecture, tensors), **kwargs}
     model = build_with(architecture, tensors, f"convert_foreign: {source} as {architecture}", **options)
     provenance = {"file": Path(source).name, "sha256": _sha256(Path(source)), "entry": place}
@@ -117,17 +119,17 @@ def _read_torch(source: Path) -> object:
         ) from error
 
 
-def _own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefixes that all names share, without the counter of an averaged model, and with our name for the
+def _own_names(tensors: Mapping[str, Tensor], classifier: str | None) -> dict[str, Tensor]:
+    """Without the prefixes that all names share, without what is no weight, and with the architecture's name for its
     last layer."""
-    named = {name: tensor for name, tensor in tensors.items() if name != "n_averaged"}
+    named = {name: tensor for name, tensor in tensors.items() if name not in _NO_WEIGHTS}
     while shared := [prefix for prefix in _PREFIXES if named and all(name.startswith(prefix) for name in named)]:
         named = {name.removeprefix(shared[0]): tensor for name, tensor in named.items()}
-    if "linear.weight" not in named:
+    if classifier is not None and f"{classifier}.weight" not in named:
         for name in _CLASSIFIERS:
             for kind in ("weight", "bias"):
                 if f"{name}.{kind}" in named:
-                    named.setdefault(f"linear.{kind}", named.pop(f"{name}.{kind}"))
+                    named.setdefault(f"{classifier}.{kind}", named.pop(f"{name}.{kind}"))
     return named
 
 

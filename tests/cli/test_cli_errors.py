@@ -74,6 +74,7 @@ ERRORS = [
     (ADAPT + " --model alexnet:{files}/plain.safetensors", "no architecture is named 'alexnet'"),
     (ADAPT + " --model cifar_resnet20:{files}/plain.safetensors", "another architecture"),
     (ADAPT + " --model cifar_resnet8:{tmp}/absent", "no file"),
+    (ADAPT + " --model timm:no_such_net:{files}/plain.safetensors", "timm"),
     (ADAPT + " --out {tmp}/absent/r.jsonl", "--out: the folder {tmp}/absent does not exist"),
     (ADAPT + " --out {tmp}/folder", "is a folder, expected a file name"),
     (ADAPT + " --out {tmp}/notes.txt", "line 1 of {tmp}/notes.txt is not JSON"),

@@ -11,11 +11,15 @@ from torch import nn
 from ttaq.eval import ModelInfo
 from ttaq.io import load_model, load_weights, model_hash
 from ttaq.models import NAMES, infer_kwargs
+from ttaq.models.external import is_external
 from ttaq.scheme import Scheme
 
 __all__ = ["MODEL_HELP", "Loaded", "load"]
 
-MODEL_HELP = f"a ttaq model file, or NAME:PATH for plain safetensors weights, NAME one of {', '.join(NAMES)}"
+MODEL_HELP = (
+    f"a ttaq model file, or NAME:PATH for plain safetensors weights, NAME one of {', '.join(NAMES)}, timm:NAME or "
+    f"torchvision:NAME"
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,9 @@ class Loaded:
 def load(text: str) -> Loaded:
     """Read what `text` names; raises CheckpointError or InputError."""
     name, colon, path = text.partition(":")
+    if is_external(text):
+        model_name, colon, path = path.partition(":")
+        name = f"{name}:{model_name}"
     if colon and not Path(text).exists():
         model = load_weights(name, path)
         info = ModelInfo(name, "float", None, None, model_hash(model))

@@ -2,6 +2,6 @@
 
 from ttaq.models.cifar_resnet import CifarResNet
 from ttaq.models.normalize import Normalize
-from ttaq.models.registry import NAMES, build, infer_kwargs
+from ttaq.models.registry import NAMES, build, classifier_name, infer_kwargs
 
-__all__ = ["NAMES", "CifarResNet", "Normalize", "build", "infer_kwargs"]
+__all__ = ["NAMES", "CifarResNet", "Normalize", "build", "classifier_name", "infer_kwargs"]

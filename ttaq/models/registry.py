@@ -17,7 +17,7 @@ from ttaq.models.resnext_cifar import CifarResNeXt
 from ttaq.models.vit import VisionTransformer
 from ttaq.models.wide_resnet import WideResNet
 
-__all__ = ["NAMES", "build", "infer_kwargs"]
+__all__ = ["NAMES", "build", "classifier_name", "infer_kwargs"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,11 @@ def infer_kwargs(name: str, state: Mapping[str, Tensor]) -> dict[str, int]:
         return infer_external(state)
     sizes = {option: state.get(key) for option, key in _find(name).sizes.items()}
     return {option: weight.shape[0] for option, weight in sizes.items() if weight is not None and weight.ndim}
+
+
+def classifier_name(name: str) -> str | None:
+    """What `name` calls its last layer, such as "fc"; None where only the package of an external model knows."""
+    return None if is_external(name) else _find(name).sizes["num_classes"].removesuffix(".weight")
 
 
 def _find(name: str) -> _Architecture:
