@@ -97,9 +97,11 @@ def test_saved_state_continues_with_the_same_outputs(name: str, net: str) -> Non
 
 CHILD = """
 import sys
+import torch
 from tta_cases import TESTED, batch_norm_net, stream
 from ttaq.io import load_state, save_state
 
+torch.set_num_threads(int(sys.argv[2]))
 for name in sorted(TESTED):
     adapter = TESTED[name](batch_norm_net())
     adapter.load_state_dict(load_state(f"{sys.argv[1]}/{name}"))
@@ -116,8 +118,10 @@ def test_a_new_process_continues_with_the_same_outputs(tmp_path: Path) -> None:
             adapter(x)
         save_state(tmp_path / name, adapter.state_dict())
         expected[name] = {"logits": [adapter(x) for x in stream(5)[2:]], "state": adapter.state_dict()}
+    # Another number of threads adds the same numbers in another order.
+    arguments = [str(tmp_path), str(torch.get_num_threads())]
     child = subprocess.run(
-        [sys.executable, "-c", CHILD, str(tmp_path)], cwd=Path(__file__).parent, capture_output=True, text=True
+        [sys.executable, "-c", CHILD, *arguments], cwd=Path(__file__).parent, capture_output=True, text=True
     )
     assert child.returncode == 0, child.stderr
     for name in TESTED:

@@ -137,7 +137,7 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # type: ignore[override]
-        """Continue where `state_dict` was called, with the same outputs bit for bit.
+        """Continue where `state_dict` was called, with the same outputs bit for bit (on a CPU: with as many threads).
 
         `CheckpointError`, with the adapter left as it was, for a state that is damaged or of another method, other
         options or another source model.
