@@ -13,16 +13,18 @@ ROOT = Path(__file__).parent.parent
 # Each unit and the units it may import.
 ARROWS: dict[str, set[str]] = {
     "ttaq_kernels": set(),
+    "ttaq.version": set(),
     "ttaq.errors": {"ttaq_kernels"},
     "ttaq.scheme": {"ttaq.errors"},
     "ttaq.models": {"ttaq.errors"},
     "ttaq.data": {"ttaq.errors"},
     "ttaq.nn": {"ttaq.errors", "ttaq.scheme", "ttaq_kernels"},
-    "ttaq.io": {"ttaq.errors", "ttaq.scheme", "ttaq.nn", "ttaq.models"},
+    "ttaq.io": {"ttaq.version", "ttaq.errors", "ttaq.scheme", "ttaq.nn", "ttaq.models"},
     "ttaq.convert_foreign": {"ttaq.errors", "ttaq.io", "ttaq.models"},
     "ttaq.ptq": {"ttaq.errors", "ttaq.scheme", "ttaq.nn", "ttaq_kernels"},
     "ttaq.tta": {"ttaq.errors", "ttaq.nn", "ttaq_kernels"},
     "ttaq.eval": {
+        "ttaq.version",
         "ttaq.errors",
         "ttaq.scheme",
         "ttaq.nn",
@@ -35,6 +37,7 @@ ARROWS: dict[str, set[str]] = {
     "ttaq.cli": {
         "ttaq",
         "ttaq_kernels",
+        "ttaq.version",
         "ttaq.errors",
         "ttaq.scheme",
         "ttaq.nn",
@@ -47,7 +50,7 @@ ARROWS: dict[str, set[str]] = {
         "ttaq.convert_foreign",
     },
     "ttaq.__main__": {"ttaq.cli"},
-    "ttaq": {"ttaq.errors", "ttaq.scheme", "ttaq.nn", "ttaq.io", "ttaq.ptq", "ttaq.tta"},
+    "ttaq": {"ttaq.version", "ttaq.errors", "ttaq.scheme", "ttaq.nn", "ttaq.io", "ttaq.ptq", "ttaq.tta"},
 }
 OPTIONAL = {"matplotlib", "sklearn", "tqdm", "timm", "torchvision", "PIL", "scipy", "pytest"}
 

@@ -11,6 +11,7 @@ from ttaq.errors import CheckpointError, DataError, InputError, MissingPackageEr
 from ttaq.io import load_model, save_model
 from ttaq.ptq import quantize
 from ttaq.scheme import Scheme
+from ttaq.version import __version__
 
 __all__ = [
     "CheckpointError",
@@ -19,6 +20,7 @@ __all__ = [
     "MissingPackageError",
     "Scheme",
     "TtaqError",
+    "__version__",
     "io",
     "load_model",
     "nn",

@@ -6,12 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import NoReturn
 
 from ttaq.cli import adapt, convert, demo, info, quantize, report
 from ttaq.cli.config import ConfigError, config_path, config_tokens
 from ttaq.errors import TtaqError
+from ttaq.version import __version__
 from ttaq_kernels.errors import KernelError
 
 __all__ = ["main"]
@@ -46,7 +46,7 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
         description="Quantize a vision model, adapt it to a changing world, and report what that does.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"ttaq {version('ttaq')}")
+    parser.add_argument("--version", action="version", version=f"ttaq {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     found: dict[str, argparse.ArgumentParser] = {}
     for name, module in _COMMANDS.items():

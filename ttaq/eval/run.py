@@ -6,7 +6,6 @@ import hashlib
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from ttaq.eval.domains import Domains
 from ttaq.eval.measure import Progress, measure_domain
 from ttaq.eval.rows import Row, RowFile, cell_of, check_one_stream
 from ttaq.io import load_state, model_hash, save_state
+from ttaq.version import __version__
 
 __all__ = ["ModelInfo", "run"]
 
@@ -176,7 +176,7 @@ def _forget(state_file: Path) -> None:
 
 def _versions() -> dict[str, str]:
     return {
-        "ttaq": version("ttaq"),
+        "ttaq": __version__,
         "torch": str(torch.__version__),
         "numpy": np.__version__,
         "python": platform.python_version(),

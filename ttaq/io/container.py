@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import os
 import uuid
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from ttaq.errors import CheckpointError
 from ttaq.nn.hash_tensors import hash_tensors
+from ttaq.version import __version__
 
 __all__ = ["FORMAT_VERSION", "read", "read_header", "read_tensors", "write"]
 
@@ -75,7 +75,7 @@ def write(
     written.
     """
     plain = {name: _plain(tensor, who, name) for name, tensor in tensors.items()}
-    versions = {"ttaq": _version("ttaq"), "torch": str(torch.__version__)}
+    versions = {"ttaq": __version__, "torch": str(torch.__version__)}
     header = {
         "kind": kind,
         "format_version": FORMAT_VERSION,
@@ -118,7 +118,7 @@ def read_header(path: str | os.PathLike[str], *, who: str = "read_header") -> He
     if type(version) is int and version > FORMAT_VERSION:
         raise CheckpointError(
             f"{who}: {path} has format version {version}, "
-            f"this ttaq ({_version('ttaq')}) reads up to version {FORMAT_VERSION}; update ttaq"
+            f"this ttaq ({__version__}) reads up to version {FORMAT_VERSION}; update ttaq"
         )
     texts = all(isinstance(header.get(key), str) for key in ("kind", "hash"))
     if seal is None or type(version) is not int or not texts:
@@ -201,10 +201,3 @@ def _write_atomically(who: str, path: Path, content: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
