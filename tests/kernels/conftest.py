@@ -74,7 +74,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 @functools.cache
 def _run_world(session: pytest.Session, world: str) -> tuple[dict[str, tuple[str, str]], str]:
-    """Outcome and text of each test of this session that belongs to `world`, and how its process ended."""
+    """Outcome and text of each test of this run that belongs to `world`, and how its process ended."""
     tests = [item.nodeid for item in session.items if _world(item) == world]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "results")
