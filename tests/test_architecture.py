@@ -125,9 +125,9 @@ import logging, random, sys, time
 import torch
 handlers, modules = list(logging.getLogger().handlers), set(sys.modules)
 random_state, torch_state = random.getstate(), torch.get_rng_state()
-start = time.perf_counter()
+start = time.process_time()
 import {package}
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 assert not torch.cuda.is_initialized(), "importing started a CUDA context"
 assert random.getstate() == random_state, "importing drew random numbers"
 assert torch.equal(torch.get_rng_state(), torch_state), "importing drew random numbers"
@@ -141,7 +141,7 @@ print(seconds)
         float(subprocess.run([sys.executable, "-c", probe], check=True, capture_output=True, text=True).stdout)
         for _ in range(3)
     )
-    assert seconds < 1.0, f"import {package} adds {seconds:.2f} s to torch's own import"
+    assert seconds < 1.0, f"import {package} takes {seconds:.2f} s of CPU beyond torch's own import"
 
 
 @pytest.mark.parametrize("package", ["ttaq_kernels", "ttaq"])

@@ -66,3 +66,22 @@ def test_logits_that_are_not_finite_are_wrong_and_certain() -> None:
 def test_unusable_scores(call: object, says: str) -> None:
     with pytest.raises(InputError, match=says):
         call()  # type: ignore[operator]
+
+
+def test_class_error_counts_each_class_that_occurred_once() -> None:
+    logits = torch.eye(4)[[0, 0, 0, 0, 0, 1]]
+    scores = Scores()
+    scores.add(logits, torch.tensor([0, 0, 0, 0, 2, 1]))
+    assert scores.error() == pytest.approx(100 / 6)
+    assert scores.class_error() == pytest.approx(100 / 3)  # Classes 0, 1 and 2 with 0, 0 and 100 %.
+
+
+def test_parts_and_trace() -> None:
+    scores = Scores()
+    for start in range(0, 12, 2):
+        labels = torch.tensor([start % 3, 1])
+        scores.add(torch.eye(3)[[1, 1]], labels, torch.tensor([0, 7]))
+    assert scores.parts() == {0: {"n": 6, "error": 100.0 * 4 / 6}, 7: {"n": 6, "error": 0.0}}
+    assert scores.trace(6) == {"n": [2] * 6, "wrong": [1, 1, 0, 1, 1, 0]}
+    assert scores.trace(4) == {"n": [4, 4, 4], "wrong": [2, 1, 1]}
+    assert scores.trace(1) == {"n": [12], "wrong": [4]}

@@ -50,8 +50,37 @@ def test_errors_are_those_of_the_adapter(tmp_path: Path) -> None:
     new = make(tmp_path / "rows.jsonl", "norm")
     adapter = build("norm", small_model())
     for index, row in enumerate(new[:-1]):
-        wrong = sum(int((adapter(x).argmax(1) != y).sum()) for x, y in Domains(STREAM).batches(index))
-        assert row["error"] == pytest.approx(100 * wrong / 40)
+        wrong = [int((adapter(x).argmax(1) != y).sum()) for x, y, _ in Domains(STREAM).batches(index)]
+        assert row["error"] == pytest.approx(100 * sum(wrong) / 40)
+        assert row["trace"] == {"n": [16, 16, 8], "wrong": wrong}
+        assert row["parts"] == {}
+
+
+def test_a_mixed_domain_says_how_each_corruption_went(tmp_path: Path) -> None:
+    stream = Stream("digits", corruptions=("clean", "contrast"), images=40, batch_size=16, setting="mixed")
+    with RowFile(tmp_path / "rows.jsonl") as rows:
+        row, _ = run(small_model(), "norm", Domains(stream), rows)
+    assert row["domain"] == "mixed"
+    assert row["parts"].keys() == {"clean", "contrast@5"}
+    assert [part["n"] for part in row["parts"].values()] == [40, 40]
+    assert row["error"] == pytest.approx(sum(part["error"] for part in row["parts"].values()) / 2)
+
+
+def test_single_images_with_a_window_continue_after_a_kill(tmp_path: Path) -> None:
+    stream = Stream("digits", corruptions=("fog", "contrast"), images=11, batch_size=1, window=4)
+
+    def stop(done: int, total: int, what: str) -> None:
+        if done == 15:
+            raise KeyboardInterrupt
+
+    with RowFile(tmp_path / "whole.jsonl") as rows:
+        whole = run(small_model(), "tent", Domains(stream), rows, options=OPTIONS)
+    assert whole[-2]["counters"] == {"batches": 5, "samples": 20, "updates": 5, "images": 22}
+    with RowFile(tmp_path / "cut.jsonl") as rows:
+        with pytest.raises(KeyboardInterrupt):
+            run(small_model(), "tent", Domains(stream), rows, options=OPTIONS, progress=stop)
+        run(small_model(), "tent", Domains(stream), rows, options=OPTIONS)
+    assert repeatable(read_rows(tmp_path / "cut.jsonl")) == repeatable(whole)
 
 
 def test_a_complete_cell_does_nothing_and_another_option_is_another_cell(tmp_path: Path) -> None:

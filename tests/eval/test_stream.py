@@ -1,6 +1,6 @@
 """Streams: what decides which images come, and that nothing else does."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -8,20 +8,19 @@ import pytest
 import torch
 
 from ttaq.errors import DataError, InputError
+from ttaq.eval.datasets import calibration_images, open_pool
 from ttaq.eval.domains import Domains
-from ttaq.eval.images import calibration_images, clean_test_images
 from ttaq.eval.stream import Stream, differing_flags, parse_description
 
 SMALL = Stream("digits", corruptions=("gaussian_noise", "fog"), images=30, batch_size=8)
 
 
 def changed(**flags: object) -> Stream:
-    values = {field.name: getattr(SMALL, field.name) for field in fields(SMALL)}
-    return Stream(**(values | flags))  # type: ignore[arg-type]
+    return replace(SMALL, **flags)  # type: ignore[arg-type]
 
 
 def all_of(domains: Domains, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-    images, labels = zip(*domains.batches(index), strict=True)
+    images, labels, _ = zip(*domains.batches(index), strict=True)
     return torch.cat(images), torch.cat(labels)
 
 
@@ -49,6 +48,12 @@ def test_the_description_holds_every_flag_and_reads_back() -> None:
         {"batch_size": 2},
         {"setting": "reset_each_shift"},
         {"dataset": "cifar100", "source": "stored"},
+        {"rounds": 2},
+        {"delta": 0.1},
+        {"tail": 0.5},
+        {"batch_size": 1, "window": 4},
+        {"setting": "ccc", "length": 3},
+        {"dataset": "imagenet", "preprocessing": "resize256crop224"},
     ],
 )
 def test_every_flag_but_the_seed_makes_another_stream(flags: dict[str, object]) -> None:
@@ -64,13 +69,28 @@ def test_every_flag_but_the_seed_makes_another_stream(flags: dict[str, object]) 
         ({"corruptions": ()}, "corruptions is empty"),
         ({"corruptions": ("fog", "fog")}, "at most once"),
         ({"severity": 6}, "severity is 6"),
-        ({"images": 0}, "images 0"),
+        ({"images": 0}, "images is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 1.5}, "batch_size is 1.5, expected a whole number"),
         ({"split": "test"}, "unknown split"),
-        ({"setting": "mixed"}, "unknown setting"),
+        ({"setting": "shuffled"}, "unknown setting 'shuffled', expected one of: continual"),
         ({"source": "elsewhere"}, "unknown source"),
         ({"frost": "snow"}, "unknown frost"),
         ({"source": "stored"}, "digits has no stored"),
+        ({"dataset": "cifar10", "source": "stored", "corruptions": ("clean",)}, "stored sets hold no clean images"),
+        ({"dataset": "cifar10", "source": "stored", "setting": "ccc", "length": 2}, "no mixtures"),
+        ({"rounds": 0}, "rounds is 0"),
+        ({"delta": -0.1}, "delta is -0.1"),
+        ({"delta": float("nan")}, "delta is nan"),
+        ({"tail": 0.0}, "tail is 0.0"),
+        ({"tail": 1.0}, "tail is 1.0"),
+        ({"window": 4}, "window of 4 needs single images"),
+        ({"length": 4}, "expected a length"),
+        ({"setting": "ccc"}, "expected a length"),
+        ({"setting": "ccc", "length": 2, "corruptions": ("fog",)}, "from one corruption to another"),
+        ({"setting": "ccc", "length": 2, "rounds": 2}, "goes on by itself"),
+        ({"setting": "ccc", "length": 2, "images": 4}, "at least 5, one for each step"),
+        ({"preprocessing": "squeeze"}, "unknown preprocessing"),
     ],
 )
 def test_impossible_streams(flags: dict[str, object], says: str) -> None:
@@ -81,7 +101,7 @@ def test_impossible_streams(flags: dict[str, object], says: str) -> None:
 def test_two_openings_and_two_passes_give_the_same_batches() -> None:
     domains = Domains(SMALL)
     assert (domains.batches_per_domain, domains.images_per_domain) == (4, 30)
-    assert [len(labels) for _, labels in domains.batches(0)] == [8, 8, 8, 6]
+    assert [len(labels) for _, labels, _ in domains.batches(0)] == [8, 8, 8, 6]
     for index in range(2):
         first = all_of(domains, index)
         for again in (all_of(domains, index), all_of(Domains(SMALL), index)):
@@ -100,7 +120,7 @@ def test_a_seed_draws_order_and_noise_but_not_which_images() -> None:
     assert not torch.equal(one[1], other[1])
     assert torch.equal(one[1].sort().values, other[1].sort().values)
     assert not torch.equal(one[0].mean((1, 2, 3)).sort().values, other[0].mean((1, 2, 3)).sort().values)
-    clean = clean_test_images("digits", None).labels[:30]
+    clean = open_pool("digits", None, "report", "none").labels[:30]
     assert torch.equal(one[1].sort().values, clean.sort().values)
 
 
@@ -130,12 +150,34 @@ def test_folders_that_hold_too_little(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no test_batch"):
         Domains(stream, tmp_path)
     np.zeros((5, 3073), dtype=np.uint8).tofile(tmp_path / "test_batch.bin")
-    with pytest.raises(DataError, match="reaches image 9, but there are 5"):
+    with pytest.raises(InputError, match="10 images asked for, but split 'report' of cifar10 has 5"):
         Domains(stream, tmp_path)
+    with pytest.raises(DataError, match="split 'validate' of cifar10 has no images"):
+        Domains(Stream("cifar10", corruptions=("fog",), split="validate"), tmp_path)
     with pytest.raises(InputError, match="481 images asked for, but split 'report' of digits has 480"):
         Domains(changed(images=481))
     with pytest.raises(InputError, match="frost=textures"):
         Domains(changed(corruptions=("frost",), frost="textures"))
+
+
+@pytest.mark.parametrize("flags", [{}, {"setting": "mixed"}, {"setting": "ccc", "length": 2}, {"delta": 0.1}])
+def test_any_batch_can_be_made_without_those_before_it(
+    flags: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The package exports names of the same kind; chunks of 7 images make batches cross their borders.
+    monkeypatch.setattr("ttaq.eval.domains._CHUNK", 7 * 32 * 32)
+    whole = list(Domains(changed(**flags)).batches(0))
+    for start in range(len(whole)):
+        alone = next(Domains(changed(**flags), keep_mb=0).batches(0, start))
+        assert all(map(torch.equal, alone, whole[start]))
+
+
+def test_what_does_not_fit_is_made_again_and_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ttaq.eval.domains._CHUNK", 7 * 32 * 32)
+    kept, made = Domains(SMALL), Domains(SMALL, keep_mb=0.1)
+    for _ in range(2):
+        assert torch.equal(all_of(kept, 1)[0], all_of(made, 1)[0])
+    assert (len(kept._chunks), len(made._chunks)) == (5, 1)
 
 
 def test_calibration_images_are_drawn_by_seed() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from ttaq.cli.arguments import (
     add_data,
     add_device,
+    add_preprocessing,
     at_least_one,
     check_output,
     integers,
@@ -20,6 +21,7 @@ from ttaq.cli.progress import ProgressLine
 from ttaq.data.corruptions import CORRUPTIONS, VALIDATION_CORRUPTIONS, frost_source
 from ttaq.errors import InputError
 from ttaq.eval import Domains, RowFile, Stream, run
+from ttaq.eval.datasets import choose_preprocessing
 from ttaq.eval.stream import SETTINGS, SPLITS
 from ttaq.tta import METHODS, build
 
@@ -51,7 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--severity", type=int, choices=range(1, 6), default=5, help="strength of the corruptions")
     parser.add_argument(
-        "--corruptions", type=names, default="all", help="all (the 15), validation (the four held-out ones), or names"
+        "--corruptions",
+        type=names,
+        default="all",
+        help="all (the 15), validation (the four held-out ones), or names; clean stands for none",
     )
     parser.add_argument(
         "--images", type=at_least_one, metavar="N", help="images per domain; without it the whole split"
@@ -59,13 +64,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", choices=SPLITS, default="report", help="which test images")
     parser.add_argument("--batch-size", type=at_least_one, default=200, metavar="N", help="images per batch")
     parser.add_argument(
-        "--setting", choices=SETTINGS, default="continual", help="whether a new domain resets the adapter"
+        "--setting",
+        choices=SETTINGS,
+        default="continual",
+        help="one domain after the other, resetting before each, with severities going up and down, all mixed, or a "
+        "long walk in which one corruption fades into the next",
     )
+    parser.add_argument("--rounds", type=at_least_one, default=1, metavar="N", help="how often the corruptions recur")
+    parser.add_argument(
+        "--delta", type=float, metavar="D", help="classes come in bursts (Dirichlet), such as 0.1; 0 sorts by class"
+    )
+    parser.add_argument(
+        "--tail", type=float, metavar="T", help="long-tailed: images of the rarest class per one of the most frequent"
+    )
+    parser.add_argument(
+        "--window", type=at_least_one, default=1, metavar="N", help="with --batch-size 1, the images a method sees"
+    )
+    parser.add_argument("--length", type=at_least_one, metavar="N", help="transitions of --setting ccc")
+    add_preprocessing(parser)
     parser.add_argument(
         "--stored",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="read the CIFAR-10-C or CIFAR-100-C folder in --data instead of corrupting the clean images",
+        help="read the CIFAR-10-C, CIFAR-100-C or ImageNet-C folder in --data instead of corrupting the clean images",
     )
     parser.add_argument(
         "--frost", type=Path, metavar="DIR", help="textures for frost; without it DIR/frost of --data, else procedural"
@@ -83,7 +104,10 @@ def execute(args: argparse.Namespace) -> None:
         raise InputError(f"--methods: unknown {', '.join(unknown)}, expected some of: {', '.join(METHODS)}")
     device = set_up_torch(args)
     frost = _frost(args)
-    streams = [_stream(args, seed, frost) for seed in args.seeds]
+    preprocessing = args.preprocessing
+    if preprocessing == "auto":
+        preprocessing = "none" if args.stored else choose_preprocessing(args.dataset, args.data)
+    streams = [_stream(args, seed, frost, preprocessing) for seed in args.seeds]
     models = {(text, seed): text.replace("{seed}", str(seed)) for seed in args.seeds for text in args.model}
     loaded: dict[str, Loaded] = {}
     for text in dict.fromkeys(models.values()):
@@ -124,7 +148,7 @@ def _frost(args: argparse.Namespace) -> Path | None:
     return args.frost if args.frost is None else Path(args.frost)
 
 
-def _stream(args: argparse.Namespace, seed: int, frost: Path | None) -> Stream:
+def _stream(args: argparse.Namespace, seed: int, frost: Path | None, preprocessing: str) -> Stream:
     sets = {("all",): CORRUPTIONS, ("validation",): VALIDATION_CORRUPTIONS}
     return Stream(
         dataset=args.dataset,
@@ -137,4 +161,10 @@ def _stream(args: argparse.Namespace, seed: int, frost: Path | None) -> Stream:
         setting=args.setting,
         source="stored" if args.stored else "generated",
         frost=frost_source(frost),
+        rounds=args.rounds,
+        delta=args.delta,
+        tail=args.tail,
+        window=args.window,
+        length=args.length,
+        preprocessing=preprocessing,
     )

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+from ttaq.data.decode import PREPROCESSINGS
 from ttaq.errors import DataError, InputError
-from ttaq.eval.stream import DATASETS
+from ttaq.eval.datasets import DATASETS
 
 __all__ = [
     "add_data",
     "add_device",
+    "add_preprocessing",
     "at_least_one",
     "check_output",
     "integers",
@@ -36,6 +38,16 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get("TTAQ_DATA"),
         metavar="DIR",
         help="folder of the images, or one that holds it; without it the environment variable TTAQ_DATA",
+    )
+
+
+def add_preprocessing(parser: argparse.ArgumentParser) -> None:
+    """`--preprocessing`."""
+    parser.add_argument(
+        "--preprocessing",
+        choices=("auto", *PREPROCESSINGS),
+        default="auto",
+        help="how image files become 224 x 224 pixels; auto looks at their sizes",
     )
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from ttaq.cli import adapt, convert, demo, info, quantize, report
+from ttaq.cli import adapt, convert, data, demo, info, quantize, report
 from ttaq.cli.config import ConfigError, config_path, config_tokens
 from ttaq.errors import TtaqError
 from ttaq.version import __version__
@@ -21,6 +21,7 @@ _COMMANDS = {
     "quantize": quantize,
     "adapt": adapt,
     "report": report,
+    "data": data,
     "convert": convert,
     "info": info,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ttaq.cli.arguments import add_data, add_device, at_least_one, check_output, set_up_torch
+from ttaq.cli.arguments import add_data, add_device, add_preprocessing, at_least_one, check_output, set_up_torch
 from ttaq.cli.models import MODEL_HELP, load
 from ttaq.cli.progress import ProgressLine
 from ttaq.errors import InputError
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="draws the calibration images")
     parser.add_argument("--batch-size", type=at_least_one, default=64, metavar="N", help="images per batch")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="model file to write")
+    add_preprocessing(parser)
     add_device(parser)
 
 
@@ -43,7 +44,8 @@ def execute(args: argparse.Namespace) -> None:
     loaded = load(args.model)
     if loaded.info.scheme != "float":
         raise InputError(f"quantize: {args.model} is already quantized ({loaded.info.scheme}); give its float model")
-    images = calibration_images(args.dataset, args.data, args.calibration, args.seed)
+    preprocessing = None if args.preprocessing == "auto" else args.preprocessing
+    images = calibration_images(args.dataset, args.data, args.calibration, args.seed, preprocessing)
     with ProgressLine(f"{args.method} {scheme}") as progress:
         model = quantize(
             loaded.model.to(device),

@@ -1,110 +1,169 @@
-"""The images of a stream, domain by domain."""
+"""The images of a stream, made while they are asked for."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ttaq.data.cifar import read_cifar_c
 from ttaq.data.corruptions import corrupt, frost_source
-from ttaq.data.images import Images, to_float
+from ttaq.data.images import to_float
 from ttaq.errors import DataError, InputError
-from ttaq.eval.images import Folder, clean_test_images, split_indices
+from ttaq.eval.datasets import Folder, Pool, open_pool
+from ttaq.eval.order import thin_out
+from ttaq.eval.plan import Plan, Recipe, domain_names, plan_domain, recipe_name, recipes_of
 from ttaq.eval.stream import Stream
 
-__all__ = ["Domains"]
+__all__ = ["Batch", "Domains"]
 
-# Corrupted at once. It bounds the memory that takes, and is fixed so that the noise does not depend on the batch size.
-_CHUNK = 1000
+# Pixels of a chunk: images are corrupted a chunk at a time with a generator of its own, so that any batch can be made
+# without those before it, and so that the noise does not depend on the batch size.
+_CHUNK = 1 << 20
+
+Batch = tuple[Tensor, Tensor, Tensor]
+"""images fp32 [B, 3, H, W] in [0, 1]; labels int64 [B]; recipe int64 [B], the place in the recipes of the plan."""
 
 
 class Domains:
-    """An opened stream: batches (images fp32 [B, 3, H, W] in [0, 1], labels int64 [B]), the same for every method.
+    """An opened stream: the same batches for every method.
 
-    A domain is made once and kept as bytes (corrupted images are multiples of 1 / 255), so that the methods that follow
-    each other on one stream do not make it again: N x 3 x H x W bytes per domain.
+    Images are made a chunk of a few at a time and kept as bytes (corrupted images are multiples of 1 / 255) if the
+    whole stream fits into `keep_mb`, so that methods that follow each other on one stream do not make them again;
+    otherwise one chunk is in memory at a time, however long the stream.
 
     Args:
         stream: what to open.
         data: folder of the data set; digits need none.
         frost_textures: folder of the frost textures; must be there exactly if the stream says frost=textures.
+        keep_mb: memory for images that were made, in 1e6 bytes.
 
     Raises:
         DataError: folder or files missing, or fewer images than the stream asks for.
-        InputError: the textures given are not what the stream says.
+        InputError: the textures given are not what the stream says, or a long tail that the images cannot have.
     """
 
     def __init__(
-        self, stream: Stream, data: Folder = None, frost_textures: str | os.PathLike[str] | None = None
+        self,
+        stream: Stream,
+        data: Folder = None,
+        frost_textures: str | os.PathLike[str] | None = None,
+        *,
+        keep_mb: float = 2500.0,
     ) -> None:
         self.stream = stream
-        self._data = data
+        self.names = domain_names(stream)
         self._textures = None if frost_textures is None else Path(frost_textures)
-        self._made: dict[int, Images] = {}
         if stream.frost_in_use in ("textures", "procedural") and frost_source(self._textures) != stream.frost:
             raise InputError(
                 f"Domains: the stream says frost={stream.frost}, but the textures given make it "
                 f"{frost_source(self._textures)}; set Stream.frost to that or give other textures"
             )
-        indices = split_indices(stream.dataset, stream.split)
-        if stream.images is not None and stream.images > len(indices):
-            raise InputError(
-                f"Domains: {stream.images} images asked for, but split {stream.split!r} of {stream.dataset} has "
-                f"{len(indices)}"
-            )
-        self._indices = indices[: stream.images]
-        self._clean = self._choose(clean_test_images(stream.dataset, data)) if stream.source == "generated" else None
+        self._pools = self._open(data)
+        first = next(iter(self._pools.values()))
+        self.labels, self.num_classes = first.labels, first.num_classes
+        for recipe, pool in self._pools.items():
+            if recipe is not None and not torch.equal(pool.labels, self.labels):
+                raise DataError(
+                    f"Domains: the stored images of {recipe_name(recipe)} are not those of the other corruptions: "
+                    f"their labels differ; the set is damaged or incomplete"
+                )
+        self._keep_bytes = 1e6 * keep_mb
+        self._chunks: dict[tuple[int, int], Tensor] = {}
+        self._plan: tuple[int, Plan] | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def plan(self, index: int) -> Plan:
+        """Which images domain `index` holds, in which order, how corrupted."""
+        if self._plan is None or self._plan[0] != index:
+            self._plan = (index, plan_domain(self.stream, self.labels, index))
+        return self._plan[1]
 
     @property
     def images_per_domain(self) -> int:
         """Number of images in each domain."""
-        return len(self._indices)
+        if self.stream.setting == "ccc":
+            return self.stream.images or len(self.labels)
+        return len(self.labels) * (len(self.stream.corruptions) if self.stream.setting == "mixed" else 1)
 
     @property
     def batches_per_domain(self) -> int:
         """Number of batches in each domain, the last of which may be smaller."""
-        return -(-len(self._indices) // self.stream.batch_size)
+        return -(-self.images_per_domain // self.stream.batch_size)
 
-    def batches(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of domain `index` in the order that the seed draws; the images are made before this returns."""
-        if index not in self._made:
-            self._made[index] = self._make(self.stream.corruptions[index])
-        images, labels = self._made[index]
-        size = self.stream.batch_size
-        return (
-            (to_float(part), truth)
-            for part, truth in zip(torch.split(images, size), torch.split(labels, size), strict=True)
-        )
+    def batches(self, index: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of domain `index` from batch `start` on, in the order that the seed draws."""
+        plan, size = self.plan(index), self.stream.batch_size
+        for first in range(start * size, len(plan), size):
+            last = min(first + size, len(plan))
+            images = self._images(index, plan, first, last)
+            yield to_float(images), self.labels[plan.images[first:last]], plan.recipe[first:last]
 
-    def _make(self, corruption: str) -> Images:
+    def _open(self, data: Folder) -> dict[Recipe | None, Pool]:
+        """The clean images, under None, or the stored ones of each recipe."""
         stream = self.stream
-        if self._clean is None:
-            domain = self._choose(
-                read_cifar_c(self._folder(), corruption, stream.severity, num_classes=stream.num_classes)
-            )
-        else:
-            noise = stream.generator("noise", corruption)
-            parts = [
-                corrupt(to_float(part), corruption, stream.severity, noise, frost_textures=self._textures)
-                for part in torch.split(self._clean.images, _CHUNK)
-            ]
-            domain = Images((torch.cat(parts) * 255).round().to(torch.uint8), self._clean.labels)
-        order = torch.randperm(len(domain.labels), generator=stream.generator("order", corruption))
-        return domain.take(order)
+        stored: list[Recipe | None] = [None] if stream.source == "generated" else [*sorted(recipes_of(stream))]
+        pools = {}
+        for recipe in stored:
+            pool = open_pool(stream.dataset, data, stream.split, stream.preprocessing, recipe[0] if recipe else None)
+            if not len(pool.labels):
+                raise DataError(f"Domains: split {stream.split!r} of {stream.dataset} has no images in {data}")
+            if stream.images is not None and stream.setting != "ccc":
+                if stream.images > len(pool.labels):
+                    raise InputError(
+                        f"Domains: {stream.images} images asked for, but split {stream.split!r} of {stream.dataset} "
+                        f"has {len(pool.labels)}"
+                    )
+                pool = pool.take(torch.arange(stream.images))
+            if stream.tail is not None:
+                pool = pool.take(thin_out(pool.labels, stream.tail, stream.number("tail")))
+            pools[recipe] = pool
+        return pools
 
-    def _choose(self, images: Images) -> Images:
-        if len(images.labels) <= int(self._indices.max()):
-            raise DataError(
-                f"Domains: the stream reaches image {int(self._indices.max())}, but there are {len(images.labels)} "
-                f"test images of {self.stream.dataset}; the folder holds only part of them"
-            )
-        return images.take(self._indices)
+    @cached_property
+    def _shape(self) -> tuple[int, int]:
+        pool = next(iter(self._pools.values()))
+        height, width = pool.fetch(torch.zeros(1, dtype=torch.int64)).shape[2:]
+        return height, width
 
-    def _folder(self) -> str | os.PathLike[str]:
-        if self._data is None:
-            raise DataError(f"Domains: the stored {self.stream.dataset} needs a folder; give data")
-        return self._data
+    @cached_property
+    def _keeps(self) -> bool:
+        return 3 * math.prod(self._shape) * self.images_per_domain * len(self) <= self._keep_bytes
+
+    def _images(self, index: int, plan: Plan, first: int, last: int) -> Tensor:
+        size = max(1, _CHUNK // math.prod(self._shape))
+        parts = []
+        for number in range(first // size, (last - 1) // size + 1):
+            start = number * size
+            parts.append(self._chunk(index, plan, number, size)[max(0, first - start) : last - start])
+        return torch.cat(parts)
+
+    def _chunk(self, index: int, plan: Plan, number: int, size: int) -> Tensor:
+        key = (index, number)
+        if key not in self._chunks:
+            if not self._keeps:
+                self._chunks.clear()
+            self._chunks[key] = self._make(plan, number, slice(number * size, (number + 1) * size))
+        return self._chunks[key]
+
+    def _make(self, plan: Plan, number: int, places: slice) -> Tensor:
+        images, recipe = plan.images[places], plan.recipe[places]
+        chunk = torch.empty(len(images), 3, *self._shape, dtype=torch.uint8)
+        for place in sorted(set(recipe.tolist())):
+            mine, chosen = recipe == place, plan.recipes[place]
+            if None not in self._pools:
+                chunk[mine] = self._pools[chosen].fetch(images[mine])
+                continue
+            made = self._pools[None].fetch(images[mine])
+            noise = self.stream.generator("noise", plan.name, number, recipe_name(chosen))
+            for corruption, severity in chosen:
+                corrupted = corrupt(made, corruption, severity, noise, frost_textures=self._textures)
+                made = (corrupted * 255).round().to(torch.uint8)
+            chunk[mine] = made
+        return chunk

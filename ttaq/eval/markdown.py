@@ -3,78 +3,108 @@
 from __future__ import annotations
 
 from ttaq.eval.report import Entry, Report
-from ttaq.eval.student_t import Interval
+from ttaq.eval.table import table
 
-__all__ = ["markdown", "table"]
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, padded so that it reads as plain text too; the first column is aligned to the left."""
-    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
-
-    def line(cells: list[str]) -> str:
-        first, *others = [*zip(cells, widths, strict=True)]
-        return "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]) + " |"
-
-    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
-    return "\n".join([line(header), rule, *map(line, rows)])
+__all__ = ["markdown"]
 
 
 def markdown(report: Report) -> str:
-    """The stream, then per group of models a summary and a table of errors by domain."""
+    """The stream, per group of models a summary and a table of errors by domain, then differences between groups."""
     flags = " ".join(f"{name}={value}" for name, value in report.stream.items())
     seeds = ", ".join(map(str, report.seeds))
     parts = [
         "# Error under corruption",
-        f"Stream: `{flags}`; seeds {seeds}. All seeds see the same images, in another order and with other noise.",
+        f"Stream: `{flags}`; seeds {seeds}. What a seed draws, such as the order of the images and the noise, is the "
+        "same for every method and every group of models.",
         "Figures are means over seeds, ± is the half width of the 95 % t interval over the n seeds (a single seed has "
         "none). The difference is paired: per seed the mean over domains minus that of "
-        f"{report.baseline}, negative is better.",
+        f"{report.baseline}, negative is better; (n = ...) says where it has other seeds than the line, or one only. "
+        "The class error is the mean over the classes of the error within each; without imbalance it is the error.",
+        *_lines_note(report),
     ]
     for group in report.groups:
         parts += [f"## {group}", *_calibration(report, group), _summary(report, group), _by_domain(report, group)]
         parts += _gaps(report, group)
+    parts += _between_groups(report)
     parts.append(_memory_note(report))
     parts.append("Made with " + " and with ".join(report.made_with) + ".")
     return "\n\n".join(parts) + "\n"
 
 
-def _text(interval: Interval | None, signed: bool = False) -> str:
-    return "not run" if interval is None else interval.text(signed)
+def _missing(report: Report, key: tuple[str, str]) -> str:
+    """What stands in the place of a figure of a group and method without a complete seed."""
+    return "incomplete" if key in report.entries else "not run"
+
+
+def _difference(report: Report, key: tuple[str, str], base: tuple[str, str], n: int) -> str:
+    """Paired difference of two (group, method), in a line of n seeds."""
+    entry, baseline = report.entry(*key), report.entry(*base)
+    if entry is None or baseline is None:
+        return _missing(report, key if entry is None else base)
+    interval = entry.against(baseline)
+    if interval is None:
+        return "no common seed"
+    return interval.text(signed=True) + (f" (n = {interval.n})" if interval.n == 1 or interval.n != n else "")
+
+
+def _lines_note(report: Report) -> list[str]:
+    what = report.lines.what
+    return [f"In the tables by domain a line is {what}."] if what else []
 
 
 def _summary(report: Report, group: str) -> str:
-    baseline = report.entries.get((group, report.baseline))
     rows = []
     for method in report.methods:
-        entry = report.entries.get((group, method))
-        if entry is None or not entry.rows:
-            rows.append([method, *["not run" if entry is None else "incomplete"] * 5, "0"])
+        entry = report.entry(group, method)
+        if entry is None:
+            rows.append([method, *[_missing(report, (group, method))] * 6, "0"])
             continue
-        difference = "not run" if baseline is None else _text(entry.against(baseline), signed=True)
+        n = len(entry.rows)
+        difference = _difference(report, (group, method), (group, report.baseline), n)
         rows.append(
             [
                 method,
-                _text(entry.mean()),
+                entry.mean().text(),
                 "-" if method == report.baseline else difference,
-                _text(entry.mean("ece")),
+                entry.mean("class_error").text(),
+                entry.mean("ece").text(),
                 _latency(entry),
                 _memory(entry),
-                str(len(entry.rows)),
+                str(n),
             ]
         )
-    header = ["method", "error %", f"minus {report.baseline}", "ECE %", "ms per batch p50 / p95", "peak MB", "n"]
-    return table(header, rows)
+    header = ["error %", f"minus {report.baseline}", "class error %", "ECE %", "ms per batch p50 / p95", "peak MB", "n"]
+    return table(["method", *header], rows)
 
 
 def _by_domain(report: Report, group: str) -> str:
-    entries = [report.entries.get((group, method)) for method in report.methods]
-    rows = [
-        [domain, *(_text(None if entry is None else entry.domain(index)) for entry in entries)]
-        for index, domain in enumerate(report.domains)
-    ]
-    rows.append(["**mean**", *(_text(None if entry is None else entry.mean()) for entry in entries)])
-    return table(["error %", *report.methods], rows)
+    columns = []
+    for method in report.methods:
+        entry = report.entry(group, method)
+        if entry is None:
+            columns.append([_missing(report, (group, method))] * (len(report.lines.labels) + 1))
+            continue
+        found = entry.by_line(report.lines)
+        cells = [found[label].text() if label in found else "not run" for label in report.lines.labels]
+        columns.append([*cells, entry.mean().text()])
+    names = [*report.lines.labels, f"**{report.lines.mean}**"]
+    return table(["error %", *report.methods], [[name, *cells] for name, *cells in zip(names, *columns, strict=True)])
+
+
+def _between_groups(report: Report) -> list[str]:
+    parts = []
+    for base, groups in report.comparisons.items():
+        rows = []
+        for group in groups:
+            pairs = [(report.entry(group, method), report.entry(base, method)) for method in report.methods]
+            n = max(len(one.rows.keys() & other.rows.keys()) if one and other else 0 for one, other in pairs)
+            differences = [_difference(report, (group, method), (base, method), n) for method in report.methods]
+            rows.append([group, *differences, str(n)])
+        parts += [f"Error % of a group minus that of **{base}** under the same method:"]
+        parts += [table(["group", *report.methods, "n"], rows)]
+    title = "## Between schemes"
+    note = "Paired: per seed the mean over domains of one group minus that of the other. Negative is better."
+    return [title, note, *parts] if parts else []
 
 
 def _latency(entry: Entry) -> str:
@@ -100,7 +130,7 @@ def _memory_note(report: Report) -> str:
     rows = [row for entry in report.entries.values() for rows in entry.rows.values() for row in rows]
     sources = dict.fromkeys(row["memory"]["of"] for row in rows)
     latency = "Latency is that of prediction and update together, averaged over domains and seeds"
-    return f"{latency}; memory: {', '.join(sources)}."
+    return f"{latency}; memory: {', '.join(sources) or 'not measured'}."
 
 
 def _gaps(report: Report, group: str) -> list[str]:
@@ -109,8 +139,8 @@ def _gaps(report: Report, group: str) -> list[str]:
         entry = report.entries.get((group, method))
         for seed in report.seeds:
             if entry is not None and seed in entry.incomplete:
-                done = f"{entry.incomplete[seed]} of {len(report.domains)} domains"
-                notes.append(f"- {method}, seed {seed}: {done}, in no figure")
+                done, domains = entry.incomplete[seed]
+                notes.append(f"- {method}, seed {seed}: {done} of {domains} domains, in no figure")
             elif entry is None or seed not in entry.rows:
                 notes.append(f"- {method}, seed {seed}: not run")
     return ["\n".join(["Not complete:", "", *notes])] if notes else []

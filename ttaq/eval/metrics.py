@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -46,20 +49,24 @@ class Scores:
     def __init__(self) -> None:
         self._confidence: list[Tensor] = []
         self._correct: list[Tensor] = []
+        self._labels: list[Tensor] = []
+        self._part: list[Tensor] = []
         self.nonfinite = 0
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Score `logits` [B, C] against `labels` int64 [B]."""
+    def add(self, logits: Tensor, labels: Tensor, part: Tensor | None = None) -> None:
+        """Score `logits` [B, C] against `labels` int64 [B]; `part` int64 [B] says to which part each sample belongs."""
         if logits.ndim != 2 or labels.shape != logits.shape[:1]:
             raise InputError(
                 f"Scores.add: logits have shape {tuple(logits.shape)} and labels {tuple(labels.shape)}, "
                 f"expected [B, C] and [B]"
             )
-        logits = logits.detach().float().cpu()
+        logits, labels = logits.detach().float().cpu(), labels.cpu()
         finite = logits.isfinite().all(dim=1)
         confidence, predicted = logits.softmax(dim=1).max(dim=1)
         self._confidence.append(torch.where(finite, confidence, 1.0))
-        self._correct.append((predicted == labels.cpu()) & finite)
+        self._correct.append((predicted == labels) & finite)
+        self._labels.append(labels)
+        self._part.append(torch.zeros_like(labels) if part is None else part)
         self.nonfinite += int((~finite).sum())
 
     @property
@@ -71,6 +78,32 @@ class Scores:
         """Error in percent over all samples added."""
         return error_percent(torch.cat(self._correct) if self._correct else torch.empty(0, dtype=torch.bool))
 
+    def class_error(self) -> float:
+        """Mean over the classes that occurred of the error in percent on the samples of that class."""
+        return _mean(each["error"] for each in _grouped(torch.cat(self._labels), torch.cat(self._correct)).values())
+
+    def parts(self) -> dict[int, dict[str, float]]:
+        """Number of samples `n` and `error` in percent of every part that occurred."""
+        return _grouped(torch.cat(self._part), torch.cat(self._correct))
+
+    def trace(self, stretches: int = 50) -> dict[str, list[int]]:
+        """How many samples, `n`, and how many wrong ones, in at most `stretches` runs of batches, in order."""
+        size = max(1, math.ceil(len(self._correct) / stretches))
+        runs = [torch.cat(self._correct[first : first + size]) for first in range(0, len(self._correct), size)]
+        return {"n": [len(run) for run in runs], "wrong": [int((~run).sum()) for run in runs]}
+
     def ece(self, bins: int = 15) -> float:
         """Expected calibration error in percent over all samples added."""
         return expected_calibration_error(torch.cat(self._confidence), torch.cat(self._correct), bins)
+
+
+def _grouped(group: Tensor, correct: Tensor) -> dict[int, dict[str, float]]:
+    return {
+        value: {"n": int((group == value).sum()), "error": error_percent(correct[group == value])}
+        for value in sorted(set(group.tolist()))
+    }
+
+
+def _mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return math.fsum(numbers) / len(numbers)

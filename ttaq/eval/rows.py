@@ -15,8 +15,8 @@ from ttaq.eval.stream import differing_flags
 __all__ = ["FORMAT", "Row", "RowFile", "cell_of", "check_one_stream", "read_rows"]
 
 Row = dict[str, Any]
-FORMAT = 1
-"""Version of the rows; readers refuse a newer one."""
+FORMAT = 2
+"""Version of the rows; readers refuse any other one."""
 
 _START = b'{"format": '
 _CELL = ("method", "options", "scheme", "model_hash", "stream")
@@ -35,9 +35,13 @@ _REQUIRED: dict[str, type | tuple[type, ...]] = {
 _DOMAIN: dict[str, type | tuple[type, ...]] = {
     "domain": str,
     "index": int,
+    "domains": int,
     "n": int,
     "error": (int, float),
+    "class_error": (int, float),
     "ece": (int, float),
+    "parts": dict,
+    "trace": dict,
     "latency_ms": dict,
     "memory": dict,
     "counters": dict,
@@ -53,7 +57,7 @@ def read_rows(path: Path) -> list[Row]:
     """All complete rows of a file; an unfinished last line is left out.
 
     Raises:
-        CheckpointError: the file is missing, a line is not a row of ttaq, or a row is of a newer format.
+        CheckpointError: the file is missing, a line is not a row of ttaq, or a row is of another format.
     """
     if not path.is_file():
         raise CheckpointError(f"read_rows: {path} is not a file, expected a row file written by ttaq adapt")
@@ -81,10 +85,9 @@ def _parse(path: Path, content: bytes) -> list[Row]:
 def _checked(row: object, where: str) -> Row:
     if not isinstance(row, dict) or not isinstance(row.get("format"), int):
         raise CheckpointError(f"read_rows: {where} is not a row of ttaq, expected an object with a 'format' number")
-    if row["format"] > FORMAT:
-        raise CheckpointError(
-            f"read_rows: {where} has format {row['format']}, this version reads up to {FORMAT}; install a newer ttaq"
-        )
+    if row["format"] != FORMAT:
+        what = "install a newer ttaq" if row["format"] > FORMAT else "run it again: such streams are made otherwise now"
+        raise CheckpointError(f"read_rows: {where} has format {row['format']}, this version reads {FORMAT}; {what}")
     required = _REQUIRED | (_DOMAIN if row.get("kind") == "domain" else {})
     for key, kind in required.items():
         if not isinstance(row.get(key), kind):

@@ -19,6 +19,7 @@ from ttaq.eval.domains import Domains
 from ttaq.eval.measure import Progress, measure_domain
 from ttaq.eval.rows import Row, RowFile, cell_of, check_one_stream
 from ttaq.io import load_state, model_hash, save_state
+from ttaq.tta import SlidingWindow
 from ttaq.version import __version__
 
 __all__ = ["ModelInfo", "run"]
@@ -90,6 +91,9 @@ def run(
     stream = domains.stream
     info = info or ModelInfo.of(model)
     adapter = ttaq.tta.build(method, model, **dict(options or {})).to(device)
+    # torch's annotations do not know this form of `to`.
+    adapter = adapter.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    stepper = adapter if stream.window == 1 else SlidingWindow(adapter, stream.window)
     base: Row = {
         "kind": "domain",
         "method": method,
@@ -116,19 +120,19 @@ def run(
     saved = _load_saved(state_file, cell) if state_file.exists() else None
     # Rows that were removed while the state stayed can only come from running the domains again.
     if saved is not None and all(index in written for index in range(saved["row"]["index"])):
-        adapter.load_state_dict(saved["adapter"])
+        stepper.load_state_dict(saved["adapter"])
         start = saved["row"]["index"] + 1
         if saved["row"]["index"] not in written:
             appended.append(_append(rows, saved["row"], written))
-    for index in range(start, len(stream.corruptions)):
+    for index in range(start, len(domains)):
         if stream.setting == "reset_each_shift":
-            adapter.reset()
-        measured = measure_domain(adapter, domains, index, device, progress)
+            stepper.reset()
+        measured = measure_domain(stepper, domains, index, device, progress)
         row = written.get(index, base | measured)
-        save_state(state_file, {"cell": cell, "row": row, "adapter": adapter.state_dict()})
+        save_state(state_file, {"cell": cell, "row": row, "adapter": stepper.state_dict()})
         if index not in written:
             appended.append(_append(rows, row, written))
-    summary = rows.append(_summary(base, [written[index] for index in range(len(stream.corruptions))]))
+    summary = rows.append(_summary(base, [written[index] for index in range(len(domains))]))
     _forget(state_file)
     return [*appended, summary]
 
@@ -148,6 +152,7 @@ def _summary(base: Row, rows: list[Row]) -> Row:
         "domains": len(rows),
         "n": sum(row["n"] for row in rows),
         "error": mean([row["error"] for row in rows]),
+        "class_error": mean([row["class_error"] for row in rows]),
         "ece": mean([row["ece"] for row in rows]),
         "latency_ms": {key: mean([row["latency_ms"][key] for row in rows]) for key in ("p50", "p95")},
         "memory": {"peak_mb": None if None in peaks else max(peaks), "of": rows[0]["memory"]["of"]},

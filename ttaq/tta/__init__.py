@@ -12,8 +12,9 @@ from ttaq.tta.adapter import Adapter
 from ttaq.tta.norm import Norm
 from ttaq.tta.source import Source
 from ttaq.tta.tent import Tent
+from ttaq.tta.window import SlidingWindow
 
-__all__ = ["METHODS", "Adapter", "Norm", "Source", "Tent", "build"]
+__all__ = ["METHODS", "Adapter", "Norm", "SlidingWindow", "Source", "Tent", "build"]
 
 METHODS: dict[str, type[Adapter]] = {method.method: method for method in (Source, Norm, Tent)}
 
