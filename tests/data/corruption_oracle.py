@@ -12,10 +12,9 @@ from collections.abc import Callable
 import numpy as np
 from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
 from PIL import Image
+from published_parameters import published
 from scipy import ndimage
 from spatter_oracle import film
-
-from ttaq.data.corruptions.parameters import TABLES
 
 Array = np.ndarray
 
@@ -84,12 +83,12 @@ def defocus_blur(image: Array, rng: np.random.Generator, radius: float, softness
 def dragged(image: Array, radius: float, sigma: float, angle: float) -> Array:
     taps = np.arange(2 * int(radius) + 1)
     weights = np.exp(-(taps**2) / (2 * sigma**2))
-    rows, columns = np.indices(image.shape[:2])
+    rows, columns = (np.arange(size) for size in image.shape[:2])
     total = np.zeros_like(image)
     for tap, weight in zip(taps, weights / weights.sum(), strict=True):
         row = rows + int(np.ceil(tap * np.sin(np.radians(angle)) - 0.5))
         column = columns + int(np.ceil(tap * np.cos(np.radians(angle)) - 0.5))
-        total += weight * image[row.clip(0, len(image) - 1), column.clip(0, image.shape[1] - 1)]
+        total += weight * image[row.clip(0, len(image) - 1)][:, column.clip(0, image.shape[1] - 1)]
     return total
 
 
@@ -135,15 +134,17 @@ def plasma(side: int, decay: float, rng: np.random.Generator) -> Array:
     step, amplitude = side, 100.0**2
     while step > 1:
         half = step // 2
-        middles = [(i, j) for i in range(half, side, step) for j in range(half, side, step)]
-        edges = [(i, j) for i in range(0, side, half) for j in range(0, side, half) if (i + j) // half % 2]
+        # The grid of this step; no point reads another one that is new.
+        i, j = half * np.indices((side // half, side // half)).reshape(2, -1)
+        middles = (i // half % 2 == 1) & (j // half % 2 == 1)
+        edges = (i + j) // half % 2 == 1
         for points, away in (
             (middles, ((-1, -1), (-1, 1), (1, -1), (1, 1))),
             (edges, ((-1, 0), (1, 0), (0, -1), (0, 1))),
         ):
-            for i, j in points:
-                around = [heights[(i + a * half) % side, (j + b * half) % side] for a, b in away]
-                heights[i, j] = sum(around) / 4 + rng.uniform(-amplitude, amplitude)
+            row, column = i[points], j[points]
+            around = [heights[(row + a * half) % side, (column + b * half) % side] for a, b in away]
+            heights[row, column] = np.sum(around, 0) / 4 + rng.uniform(-amplitude, amplitude, len(row))
         step, amplitude = half, amplitude / decay**2
     return (heights - heights.min()) / np.ptp(heights)
 
@@ -208,7 +209,7 @@ def elastic_transform(
     side = len(image)
     middle, third = side // 2, side // 3
     points = middle + third * np.array([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
-    moved = points + rng.uniform(-jitter * side, jitter * side, points.shape)
+    moved = points + rng.uniform(-jitter, jitter, points.shape)
     back = np.linalg.solve(np.column_stack([moved, np.ones(3)]), points)
     rows, columns = np.indices(image.shape[:2])
     source = np.stack([columns, rows, np.ones_like(rows)], -1) @ back
@@ -217,16 +218,26 @@ def elastic_transform(
         for plane in np.moveaxis(image, 2, 0)
     ]
     dx, dy = (
-        strength * side * blurred(rng.uniform(-1, 1, image.shape[:2]), smoothness * side, mode="reflect", truncate=3.0)
+        strength * blurred(rng.uniform(-1, 1, image.shape[:2]), smoothness, mode="reflect", truncate=3.0)
         for _ in range(2)
     )
     moved_planes = [ndimage.map_coordinates(p, [rows + dy, columns + dx], order=1, mode="reflect") for p in warped]
     return stored(np.stack(moved_planes, 2))
 
 
-def frost(image: Array, rng: np.random.Generator, share: float, weight: float, colour: Array) -> Array:
-    """With textures of one colour: the crop does not matter then."""
-    return stored(share * image + weight * colour + 1e-9)
+def frost(image: Array, rng: np.random.Generator, share: float, weight: float, textures: list[Array]) -> Array:
+    """textures: float64 (H, W, 3) in 0..1, at the size at which they are laid over the image."""
+    texture = textures[rng.integers(len(textures))]
+    top, left = (rng.integers(0, whole - part) for whole, part in zip(texture.shape[:2], image.shape[:2], strict=True))
+    crop = texture[top : top + image.shape[0], left : left + image.shape[1]]
+    return stored(share * image + weight * crop + 1e-9)
+
+
+def shrunk_texture(texture: Array) -> Array:
+    """At a fifth of its size, bilinear with the centres of the pixels aligned: the textures of CIFAR-10-C."""
+    rows, columns = (5 * np.arange(size // 5) + 2 for size in texture.shape[:2])
+    places = np.meshgrid(rows, columns, indexing="ij")
+    return np.stack([ndimage.map_coordinates(plane, places, order=1) for plane in np.moveaxis(texture, 2, 0)], 2)
 
 
 RECIPES: dict[str, Callable[..., Array]] = {
@@ -239,8 +250,9 @@ RECIPES: dict[str, Callable[..., Array]] = {
 }
 
 
-def corrupt_images(images: Array, name: str, severity: int, seed: int) -> Array:
+def corrupt_images(images: Array, name: str, severity: int, seed: int, **options: object) -> Array:
     """uint8 (N, H, W, 3) to uint8 of the same shape."""
     rng = np.random.default_rng(seed)
-    numbers = TABLES["cifar" if images.shape[1] <= 64 else "imagenet"][name][severity - 1]
-    return np.stack([RECIPES[name](image / 255, rng, *numbers) for image in images])
+    numbers = published(name, severity, images.shape[1])
+    recipe = (RECIPES | {"frost": frost})[name]
+    return np.stack([recipe(image / 255, rng, *numbers, **options) for image in images])

@@ -210,21 +210,32 @@ def test_frost_with_real_textures(data_folder: Path) -> None:
     assert float((photographed - to_float(images)).mean()) > 0.1
 
 
+# Share of the values that may be over one level apart on a GPU. Sums in another order move a value over the edge of its
+# level, and where a level decides something (an edge of a drop, a coefficient of JPEG) a whole spot differs.
+GPU_APART = dict.fromkeys(ALL, 0.0) | {
+    **dict.fromkeys(("glass_blur", "motion_blur", "snow", "elastic_transform", "frost"), 0.001),
+    **dict.fromkeys(("jpeg_compression", "spatter"), 0.01),
+}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("severity", [1, 3, 5])
 @pytest.mark.parametrize("side", [32, 224])
-def test_on_the_gpu(name: str, side: int) -> None:
-    """A CPU generator gives the CPU's result to a level; a CUDA generator serves images on any device."""
+@pytest.mark.parametrize("name", ALL)
+def test_on_the_gpu(name: str, side: int, severity: int) -> None:
+    """A CPU generator gives the CPU's result but for roundings; a CUDA generator serves images on any device."""
     images = batch(8, side) if side == 32 else batch(2, side)
-    expected = corrupt(images, name, 4, seeded())
-    result = corrupt(images.cuda(), name, 4, seeded())
+    expected = corrupt(images, name, severity, seeded())
+    result = corrupt(images.cuda(), name, severity, seeded())
     assert result.device.type == "cuda"
+    assert result.shape == expected.shape
     difference = ((result.cpu() - expected) * 255).abs().round()
-    assert float((difference > 1).float().mean()) < 0.01
+    assert float((difference > 1).float().mean()) <= GPU_APART[name]
+    assert float((difference > 0).float().mean()) <= 0.02
     generator = torch.Generator("cuda").manual_seed(0)
-    first = corrupt(images.cuda(), name, 4, generator)
+    first = corrupt(images.cuda(), name, severity, generator)
     generator.manual_seed(0)
-    assert torch.equal(corrupt(images.cuda(), name, 4, generator), first)
+    assert torch.equal(corrupt(images.cuda(), name, severity, generator), first)
     generator.manual_seed(0)
-    assert corrupt(images, name, 4, generator).device.type == "cpu"
+    assert corrupt(images, name, severity, generator).device.type == "cpu"

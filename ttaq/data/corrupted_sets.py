@@ -189,7 +189,7 @@ class _CifarLayout:
     def finish(self, corruption: str) -> None:
         target = self.folder / f"{corruption}.npy"
         if not target.exists():
-            arrays = (np.load(part) for _, _, part in self._parts(corruption))
+            arrays = (np.load(part, allow_pickle=False) for _, _, part in self._parts(corruption))
             length = len(SEVERITIES) * len(self.rows)
             write_atomically(target, self.folder / SCRATCH, partial(write_array, arrays=arrays, length=length))
         shutil.rmtree(self.folder / SCRATCH / corruption, ignore_errors=True)
