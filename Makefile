@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+OLDEST := $(VENV)/triton-3.6
 OUT ?= benchmarks/results
 BUDGET_S ?= 540
 # A CUDA build of torch brings the triton it was built with; only a CPU build needs one from us.
@@ -12,7 +13,7 @@ export TTAQ_DATA ?= $(abspath ../shared/data)
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check lint types dist bench gpu clean
+.PHONY: demo test check lint types dist compat golden bench gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/ttaq demo
@@ -39,13 +40,21 @@ dist: $(VENV)/.dev
 	  && rm -r $$target && echo "$$file installs" || exit 1; \
 	done
 
+# The kernels with the oldest Triton that is supported: compiled ahead of time, and interpreted.
+compat: $(OLDEST)/.dev
+	$(OLDEST)/bin/python -m pytest -m "aot or interpreter" tests/kernels
+
+# Rewrites what the tests expect of the compiled kernels, for both versions of Triton. The difference is to be read.
+golden: $(VENV)/.dev $(OLDEST)/.dev
+	$(BIN)/python tests/kernels/kernel_golden.py
+	$(OLDEST)/bin/python tests/kernels/kernel_golden.py
+
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.run --device cpu
 
 # Runs with the python3 that is there: a GPU machine often has no network. Each call continues where the last one stopped.
 gpu:
-	$(PYTHON) -m pytest -m gpu
-	$(PYTHON) -m benchmarks.run --device cuda --budget-s $(BUDGET_S) --out $(OUT)/kernels_cuda.jsonl
+	$(PYTHON) -m benchmarks.gpu --budget-s $(BUDGET_S) --out $(OUT)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -68,4 +77,12 @@ $(VENV)/.demo: pyproject.toml constraints.txt $(VENV)/.torch
 
 $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.torch
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The interpreter of Triton 3.6 fails with NumPy 2.4.
+$(OLDEST)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install -q -c constraints.txt torch 'numpy<2.4'
+	$(OLDEST)/bin/pip install -q -c constraints.txt triton==3.6.0 'numpy<2.4'
+	$(OLDEST)/bin/pip install -q -c constraints.txt -e '.[test]' 'numpy<2.4'
 	touch $@

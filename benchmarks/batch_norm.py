@@ -6,37 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.networks import NETWORKS
 from benchmarks.registry import Case, Op
 from ttaq_kernels import batch_norm
 
 _EPS = 1e-5
-_SHAPES = {
-    "tiny": {"tiny": [(4, 3, 6, 5)]},
-    "cpu": {"ResNet-20 b200": [(200, 16, 32, 32), (200, 32, 16, 16), (200, 64, 8, 8)]},
-    "cuda": {
-        "ResNet-50 b64": [
-            (64, 256, 56, 56),
-            (64, 2048, 7, 7),
-            (64, 64, 56, 56),
-            (64, 64, 112, 112),
-            (64, 512, 28, 28),
-            (64, 1024, 14, 14),
-        ],
-        "WRN-28-10 b200": [(200, 160, 32, 32), (200, 320, 16, 16), (200, 640, 8, 8)],
-    },
-}
 
 
 def _cases(suite: str) -> list[Case]:
     dtype = torch.bfloat16 if suite == "cuda" else torch.float32
+    networks = [(network.label, network.tensors(4)) for network in NETWORKS[suite] if network.tensors(4)]
     cases = [
         Case("batch_norm", model, shape, dtype, "channels_last", step=step)
-        for model, shapes in _SHAPES[suite].items()
+        for model, shapes in networks
         for shape in shapes
         for step in (False, True)
     ]
     # The layout that torch users start with, and the type that they start with, once per network.
-    others = [(model, shapes[0]) for model, shapes in _SHAPES[suite].items()]
+    others = [(model, shapes[0]) for model, shapes in networks]
     cases += [Case("batch_norm", model, shape, dtype, step=step) for model, shape in others for step in (False, True)]
     if suite == "cuda":
         cases += [Case("batch_norm", model, shape, layout="channels_last", step=True) for model, shape in others]

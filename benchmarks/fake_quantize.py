@@ -6,32 +6,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.networks import NETWORKS
 from benchmarks.registry import Case, Op
 from ttaq_kernels import fake_quantize
 
 _QMAX = 15
-# Activations and weights.
-_SHAPES: dict[str, dict[str, tuple[list[tuple[int, ...]], list[tuple[int, ...]]]]] = {
-    "tiny": {"tiny": ([(4, 3, 6, 5)], [(5, 3, 3, 3)])},
-    "cpu": {"ResNet-20 b200": ([(200, 16, 32, 32), (200, 64, 8, 8)], [(64, 64, 3, 3)])},
-    "cuda": {
-        "ResNet-50 b64": ([(64, 256, 56, 56), (64, 2048, 7, 7), (64, 64, 112, 112)], [(512, 512, 3, 3)]),
-        "WRN-28-10 b200": ([(200, 160, 32, 32)], [(640, 640, 3, 3)]),
-        "ViT-B b64": ([(64, 197, 3072), (64, 197, 768)], [(3072, 768)]),
-    },
-}
 
 
 def _cases(suite: str) -> list[Case]:
     dtype = torch.bfloat16 if suite == "cuda" else torch.float32
     cases = []
-    for model, (activations, weights) in _SHAPES[suite].items():
+    for network in NETWORKS[suite]:
         for step in (False, True):
-            for shape in activations:
+            for shape in network.tensors():
                 layout = "channels_last" if len(shape) == 4 else "contiguous"
-                cases.append(Case("fake_quantize", model, shape, dtype, layout, "tensor", step))
-            for shape in weights:
-                cases.append(Case("fake_quantize", model, shape, variant="channel", step=step))
+                cases.append(Case("fake_quantize", network.label, shape, dtype, layout, "tensor", step))
+            for shape in network.weights:
+                cases.append(Case("fake_quantize", network.label, shape, variant="channel", step=step))
     return cases
 
 
@@ -60,7 +51,7 @@ class _StraightThrough(torch.autograd.Function):
         return grad
 
 
-def _composition(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+def composition(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     shape = (-1,) + (1,) * (x.ndim - 1)
     scale, offset = scale.view(shape), zero_point.view(shape)
     rounded: Tensor = _StraightThrough.apply(x.float() * (1 / scale))  # type: ignore[no-untyped-call]
@@ -90,7 +81,7 @@ OP = Op(
     cases=_cases,
     inputs=_inputs,
     ours=_ours,
-    composition=_composition,
+    composition=composition,
     single=_single,
     # With a learned scale torch has only ops that wait for the device.
     single_fits=lambda case: not (case.step and case.variant == "channel"),

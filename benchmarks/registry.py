@@ -9,15 +9,15 @@ from torch import Tensor
 
 __all__ = ["IMPLEMENTATIONS", "SUITES", "Case", "Op", "Problem", "floor_us", "problem"]
 
-IMPLEMENTATIONS = ("ttaq", "eager", "compile", "torch")
+IMPLEMENTATIONS = ("ttaq", "eager", "compile", "torch", "public")
 SUITES = (
     "tiny",
     "cpu",
     "cuda",
 )  # seconds of smoke test; CIFAR networks on a laptop; the networks of the papers on a GPU
 
-# Bytes per second that a copy reaches: H200 from the specification, the others measured (gau-nernst/gn-kernels).
-_BANDWIDTH = {"H200": 4.3e12, "B200": 5.98e12, "A100": 1.7e12}
+# Bytes per second: H200 and H100 (SXM) from the specification, the others as a copy reaches (gau-nernst/gn-kernels).
+_BANDWIDTH = {"H200": 4.3e12, "H100 80GB HBM3": 3.35e12, "B200": 5.98e12, "A100": 1.7e12}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Op:
 
     inputs: tensors of a case; the floating ones that require a gradient get one in a step.
     ours: the op. composition: the same in plain torch ops, in the type of its first argument; what torch.compile gets.
-    single: the op that torch itself has for this, where there is one.
+    single: the op that torch itself has for this, where there is one. public: the best kernel of another package, which
+        it imports when it is called; where the package is missing, its row says so.
     bytes_moved: what a step or a forward must read and write at least.
     tolerances: (relative, absolute) of the result and of each gradient, against the composition in `check_dtype`.
     """
@@ -72,11 +73,13 @@ class Op:
     check_dtype: torch.dtype = torch.float64
     single: Callable[..., Tensor] | None = None
     single_fits: Callable[[Case], bool] = lambda _: True
+    public: Callable[..., Tensor] | None = None
 
     def implementations(self, case: Case) -> tuple[str, ...]:
         """The names of what can be timed for a case."""
-        has_single = self.single is not None and self.single_fits(case)
-        return IMPLEMENTATIONS if has_single else IMPLEMENTATIONS[:-1]
+        missing = {"public"} if self.public is None else set()
+        missing |= set() if self.single is not None and self.single_fits(case) else {"torch"}
+        return tuple(name for name in IMPLEMENTATIONS if name not in missing)
 
 
 def _runner(
@@ -112,7 +115,13 @@ class Problem:
             return torch.compile(self.op.composition, dynamic=False)
         if name == "torch" and self.op.single is not None:
             return self.op.single
+        if name == "public" and self.op.public is not None:
+            return self.op.public
         return self.op.ours if name == "ttaq" else self.op.composition
+
+    def call(self, name: str) -> tuple[Tensor, ...]:
+        """The result, in a step with the gradients, for the first copy of the inputs."""
+        return _runner(self.implementation(name), *self.copies[0], self.case.step)()
 
     def timed(self, name: str) -> Callable[[], None]:
         function = self.implementation(name)
@@ -153,7 +162,9 @@ def problem(op: Op, case: Case, device: torch.device, seed: int) -> Problem:
     for _ in range(min(copies, 64)):
         inputs = op.inputs(case, draw)
         with torch.no_grad():
-            made.append((inputs, torch.empty_like(op.ours(*inputs)).normal_(generator=draw)))
+            grad = torch.empty_like(op.ours(*inputs))
+            # Codes have no gradient.
+            made.append((inputs, grad.normal_(generator=draw) if grad.is_floating_point() else grad))
     return Problem(op, case, made)
 
 

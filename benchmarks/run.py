@@ -1,6 +1,6 @@
 """Times every op and appends one JSON line per implementation; called again, it goes on where it stopped.
 
-    python -m benchmarks.run --device cpu|cuda [--suite tiny|cpu|cuda] [--impls ttaq,eager,compile,torch]
+    python -m benchmarks.run --device cpu|cuda [--suite tiny|cpu|cuda] [--impls ttaq,eager,compile,torch,public]
                              [--threads N] [--budget-s SECONDS] [--out FILE]
 
 Nothing is timed of an op that is wrong. The exit status is 1 if an op is, 0 otherwise, also when the time ran out.
@@ -19,10 +19,43 @@ from typing import Any
 
 import torch
 
-from benchmarks import batch_norm, fake_quantize, measure, softmax_entropy
+from benchmarks import (
+    batch_norm,
+    fake_quantize,
+    group_affine,
+    layer_norm,
+    lsq_drop,
+    measure,
+    norm_act_quant,
+    perturb,
+    qgemm,
+    reconstruction,
+    scale_search,
+    soft_likelihood_ratio,
+    soft_round,
+    softmax_cross_entropy,
+    softmax_entropy,
+)
 from benchmarks.registry import IMPLEMENTATIONS, SUITES, Case, Op, Problem, floor_us, problem
 
-OPS = (batch_norm.OP, fake_quantize.OP, softmax_entropy.OP)
+OPS = (
+    batch_norm.OP,
+    fake_quantize.OP,
+    softmax_entropy.OP,
+    soft_likelihood_ratio.OP,
+    softmax_cross_entropy.OP,
+    perturb.OP,
+    lsq_drop.OP,
+    soft_round.OP,
+    reconstruction.LOSS,
+    reconstruction.GATHER_MIX,
+    qgemm.OP,
+    norm_act_quant.OP,
+    norm_act_quant.CODES,
+    group_affine.OP,
+    layer_norm.OP,
+    scale_search.OP,
+)
 _SEED = 0
 _CPU_SECONDS = {"tiny": 0.01, "cpu": 0.3, "cuda": 0.3}  # of repeating each call
 _IDENTITY = ("op", "variant", "direction", "model", "shape", "dtype", "layout", "impl", "device", "source")

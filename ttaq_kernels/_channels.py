@@ -7,13 +7,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ttaq_kernels import _check
 from ttaq_kernels._launch import ceil_div, next_power_of_2, tl, triton
 from ttaq_kernels.errors import KernelError
 
 # Device functions stay without types: Triton has none.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
-__all__ = ["Tiles", "check_channels", "evenly_spaced", "laid_out_like", "offsets", "tile"]
+__all__ = [
+    "Tiles",
+    "check_channels",
+    "check_sample_mask",
+    "dense_bytes",
+    "evenly_spaced",
+    "laid_out_like",
+    "offsets",
+    "selected",
+    "tile",
+]
 
 Strides = tuple[int, int, int]
 
@@ -41,10 +52,34 @@ def offsets(image, offs_c, offs_s, strides):
     return image * strides[0] + offs_c * strides[1] + offs_s * strides[2]
 
 
+@triton.jit
+def selected(sample_mask_ptr, image, offs_s, positions, per_sample):
+    """Whether each position of a tile exists and belongs to a selected sample."""
+    mask_s = offs_s < positions
+    if sample_mask_ptr is not None:
+        # Either the tile has an image of its own or all images make one row; the other term is then 0.
+        mask_s &= tl.load(sample_mask_ptr + image + offs_s // per_sample, mask=mask_s, other=0) != 0
+    return mask_s
+
+
 def check_channels(who: str, x: Tensor) -> None:
     """`x` has a dimension of channels."""
     if x.ndim < 2:
         raise KernelError(f"{who}: x has shape {tuple(x.shape)}, expected [N, C] or [N, C, ...]; unsqueeze it")
+
+
+def check_sample_mask(who: str, sample_mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """`sample_mask` fits the samples of `x`; it comes back as booleans."""
+    if sample_mask is None:
+        return None
+    dtype = sample_mask.dtype if isinstance(sample_mask, Tensor) and sample_mask.is_floating_point() else torch.bool
+    _check.check_parameter(who, "sample_mask", sample_mask, x, [(x.shape[0],)], "= (x.shape[0],)", dtype)
+    return sample_mask if dtype is torch.bool else sample_mask != 0
+
+
+def dense_bytes(sample_mask: Tensor | None) -> Tensor | None:
+    """The mask as a kernel reads it, copied only if it has gaps."""
+    return None if sample_mask is None else sample_mask.contiguous().view(torch.uint8)
 
 
 def evenly_spaced(x: Tensor) -> bool:
@@ -73,12 +108,13 @@ def _strides(x: Tensor) -> Strides:
 class Tiles(NamedTuple):
     """Tensors of one shape, cut into tiles of `block_c` channels x `block_s` positions.
 
-    Where every tensor allows it, the positions of all images make one long row. `columns` counts the blocks of
-    channels, `chunks` the tiles of each block.
+    Where every tensor allows it, the positions of all images make one long row, `per_sample` of them each. `columns`
+    counts the blocks of channels, `chunks` the tiles of each block.
     """
 
     channels: int
     positions: int
+    per_sample: int
     columns: int
     chunks: int
     strides: tuple[Strides, ...]
@@ -86,10 +122,13 @@ class Tiles(NamedTuple):
     block_s: int
 
     @classmethod
-    def of(cls, *tensors: Tensor) -> "Tiles":
-        """Tiles that suit the memory layout of the first tensor; all are evenly spaced."""
+    def of(cls, *tensors: Tensor, pairs_of: int | None = None) -> "Tiles":
+        """Tiles that suit the memory layout of the first tensor; all are evenly spaced.
+
+        With `pairs_of` every program handles two tiles of so many channels, side by side.
+        """
         images, channels = tensors[0].shape[:2]
-        positions = math.prod(tensors[0].shape[2:])
+        positions = per_sample = math.prod(tensors[0].shape[2:])
         strides = tuple(_strides(tensor) for tensor in tensors)
         if positions == 1:
             strides = tuple((0, channel, image) for image, channel, _ in strides)
@@ -104,17 +143,21 @@ class Tiles(NamedTuple):
             elements, width = _POSITIONS_INSIDE
             block_s = min(next_power_of_2(positions), width)
             block_c = min(next_power_of_2(channels), elements // block_s)
+        columns = ceil_div(channels, block_c)
+        if pairs_of is not None:
+            columns, block_c = ceil_div(channels, 2 * pairs_of), pairs_of
+            block_s = min(next_power_of_2(positions), elements // (2 * pairs_of))
         chunks = images * ceil_div(positions, block_s)
-        return cls(channels, positions, ceil_div(channels, block_c), chunks, strides, block_c, block_s)
+        return cls(channels, positions, per_sample, columns, chunks, strides, block_c, block_s)
 
     @property
     def blocks(self) -> dict[str, int]:
         return {"BLOCK_C": self.block_c, "BLOCK_S": self.block_s}
 
     @property
-    def sizes(self) -> tuple[int, int, int]:
+    def sizes(self) -> tuple[int, int, int, int]:
         """What an element-wise kernel takes; it runs one program per tile."""
-        return self.channels, self.positions, self.columns
+        return self.channels, self.positions, self.columns, self.per_sample
 
     def reducing(self) -> tuple[int, int, int]:
         """chunks, chunks per part and parts of a reduction, which runs `columns` x parts programs."""

@@ -1,11 +1,14 @@
-"""Losses of test-time adaptation per sample, from logits: the entropy of the softmax.
+"""Losses of test-time adaptation per sample from its logits: the entropy of the softmax and the soft likelihood ratio.
 
-    p = softmax(z),  H = -sum_c p_c ln p_c = ln(sum_c e^d_c) - sum_c p_c d_c,  d = z - max z
-    dH / dz_c = -p_c (ln p_c + H)
+    p = softmax(z + offset),  l = w sum_c f(p_c),  dl / dz_c = w p_c (f'(p_c) - sum_k p_k f'(p_k))
 
-One pass over the logits for the value (running maximum, sum and weighted sum, rescaled when the maximum grows) and one
-for the gradient: 2 and 4 bytes per 2-byte logit. The maximum and ln sum e^d are kept apart for the gradient: added up,
-they would round away the digits of ln p at large logits. Called by the entropy-like methods of `ttaq.tta`.
+    entropy            f(p) = -p ln p
+    likelihood ratio   f(p) = -c ln(c / (1 - c) + 1e-5),  c = min(p, 0.99)
+
+Value and gradient come from one launch, which walks over each row three times: for the maximum and the sum of the
+exponentials, for the loss and the mean slope, and for the gradient. Only the first time comes from memory (a row is at
+most 88 KB), so a 2-byte logit costs 2 bytes, 4 with the gradient and 8 with the product in the backward. p is taken
+from differences of logits, so that large logits keep their digits. Called by the entropy-like methods of `ttaq.tta`.
 """
 
 from typing import Any
@@ -13,181 +16,188 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttaq_kernels import _check
-from ttaq_kernels._launch import ceil_div, launch, next_power_of_2, tl, triton
+from ttaq_kernels._launch import launch, tl, triton
 from ttaq_kernels._library import register_op
-from ttaq_kernels.errors import KernelError
+from ttaq_kernels._softmax import (
+    check_logits,
+    check_vectors,
+    dense,
+    load_logits,
+    needs_gradient,
+    row_programs,
+    softmax_sums,
+)
 from ttaq_kernels.reference import losses as reference
 
 # Device functions stay without types: Triton has none.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
-__all__ = ["softmax_entropy"]
+__all__ = ["soft_likelihood_ratio", "softmax_entropy"]
 
-_WHO = "softmax_entropy"
-_TILE = 1024  # logits of one program at a time
-_WARPS = 4
+_CLIP = tl.constexpr(0.99)
+_TINY = tl.constexpr(1e-5)
 
 
 @triton.jit
-def _value_kernel(
+def _terms(z, maximum, log_sum, inverse, KIND: tl.constexpr):
+    """p, f(p) and f'(p) but for a constant, of a block of logits."""
+    d = z - maximum
+    p = tl.exp(d) * inverse
+    if KIND == "entropy":
+        # exp(-inf) * -inf is NaN, but the limit of p ln p at p = 0 is 0.
+        slope = tl.where(p == 0.0, 0.0, log_sum - d)
+        term = p * slope
+    else:
+        # A minimum would drop NaN.
+        clipped = tl.where(p > _CLIP, _CLIP, p)
+        rest = 1.0 - clipped
+        log_ratio = tl.log(tl.div_rn(clipped, rest) + _TINY)
+        slope = -(log_ratio + tl.div_rn(clipped, rest * (clipped + _TINY * rest)))
+        slope = tl.where(p >= _CLIP, 0.0, slope)
+        term = -clipped * log_ratio
+    return p, term, slope
+
+
+@triton.jit
+def _loss_kernel(
     logits_ptr,
-    entropy_ptr,
-    maximum_ptr,
-    log_sum_ptr,
+    weights_ptr,
+    offset_ptr,
+    loss_ptr,
+    gradient_ptr,
     rows,
     classes,
     strides,
+    gradient_strides,
+    KIND: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """entropy = log_sum - moment / total, total = sum e^d, moment = sum e^d d"""
+    """loss = w sum f(p); gradient = w p (f'(p) - sum p f'(p))"""
     offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     mask_b = offs_b < rows
-    maximum = tl.full((BLOCK_B,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_B,), tl.float32)
-    moment = tl.zeros((BLOCK_B,), tl.float32)
-    for first in range(0, classes, BLOCK_C):
-        offs_c = first + tl.arange(0, BLOCK_C)
-        offs = offs_b[:, None] * strides[0] + offs_c[None, :].to(tl.int64) * strides[1]
-        mask = mask_b[:, None] & (offs_c < classes)[None, :]
-        z = tl.load(logits_ptr + offs, mask=mask, other=float("-inf")).to(tl.float32)
-        grown = tl.maximum(maximum, tl.max(z, axis=1))
-        # Nothing but -inf so far: any finite shift keeps -inf - shift from becoming NaN.
-        shift = tl.where(grown == float("-inf"), 0.0, grown)
-        # The sums so far hold e^(z - maximum); multiplying by e^gap makes them hold e^(z - grown).
-        gap = tl.where(maximum == float("-inf"), 0.0, maximum - shift)
-        d = z - shift[:, None]
-        weights = tl.exp(d)
-        # exp(-inf) * -inf is NaN, but the limit of p ln p at p = 0 is 0.
-        moment = tl.exp(gap) * (moment + gap * total) + tl.sum(tl.where(weights > 0.0, weights * d, 0.0), axis=1)
-        total = tl.exp(gap) * total + tl.sum(weights, axis=1)
-        maximum = grown
+    maximum, total = softmax_sums(logits_ptr, offset_ptr, offs_b, rows, classes, strides, BLOCK_B, BLOCK_C)
     log_sum = tl.log(total)
-    tl.store(entropy_ptr + offs_b, log_sum - tl.div_rn(moment, total), mask=mask_b)
-    tl.store(maximum_ptr + offs_b, maximum, mask=mask_b)
-    tl.store(log_sum_ptr + offs_b, log_sum, mask=mask_b)
+    inverse = tl.div_rn(1.0, total)
+    weight = tl.full((BLOCK_B,), 1.0, tl.float32)
+    if weights_ptr is not None:
+        weight = tl.load(weights_ptr + offs_b, mask=mask_b, other=0).to(tl.float32)
+    loss = tl.zeros((BLOCK_B,), tl.float32)
+    mean = tl.zeros((BLOCK_B,), tl.float32)
+    for first in range(0, classes, BLOCK_C):
+        z = load_logits(logits_ptr, offset_ptr, offs_b, first + tl.arange(0, BLOCK_C), rows, classes, strides)
+        p, term, slope = _terms(z, maximum, log_sum, inverse, KIND)
+        loss += tl.sum(term, axis=1)
+        mean += tl.sum(p * slope, axis=1)
+    tl.store(loss_ptr + offs_b, weight * loss, mask=mask_b)
+    if gradient_ptr is not None:
+        for first in range(0, classes, BLOCK_C):
+            offs_c = first + tl.arange(0, BLOCK_C)
+            z = load_logits(logits_ptr, offset_ptr, offs_b, offs_c, rows, classes, strides)
+            p, term, slope = _terms(z, maximum, log_sum, inverse, KIND)
+            gradient = weight[:, None] * (p * (slope - mean[:, None]))
+            offs = offs_b[:, None] * gradient_strides[0] + offs_c[None, :].to(tl.int64) * gradient_strides[1]
+            tl.store(gradient_ptr + offs, gradient, mask=mask_b[:, None] & (offs_c < classes)[None, :])
 
 
-@triton.jit
-def _gradient_kernel(
-    logits_ptr,
-    grad_ptr,
-    entropy_ptr,
-    maximum_ptr,
-    log_sum_ptr,
-    out_ptr,
-    rows,
-    classes,
-    strides,
-    out_strides,
-    BLOCK_B: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """out = -grad p (ln p + entropy), ln p = (z - maximum) - log_sum"""
-    program = tl.program_id(0).to(tl.int64)
-    class_blocks = tl.cdiv(classes, BLOCK_C)
-    offs_b = (program // class_blocks) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
-    offs_c = (program % class_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    mask_b = offs_b < rows
-    mask = mask_b & (offs_c < classes)
-    grad = tl.load(grad_ptr + offs_b, mask=mask_b, other=0.0)
-    entropy = tl.load(entropy_ptr + offs_b, mask=mask_b, other=0.0)
-    maximum = tl.load(maximum_ptr + offs_b, mask=mask_b, other=0.0)
-    log_sum = tl.load(log_sum_ptr + offs_b, mask=mask_b, other=0.0)
-    z = tl.load(logits_ptr + offs_b * strides[0] + offs_c * strides[1], mask=mask, other=0.0).to(tl.float32)
-    log_p = (z - maximum) - log_sum
-    p = tl.exp(log_p)
-    slope = p * (tl.where(p == 0.0, 0.0, log_p) + entropy)
-    tl.store(out_ptr + offs_b * out_strides[0] + offs_c * out_strides[1], -grad * slope, mask=mask)
-
-
-def _blocks(rows: int, classes: int) -> dict[str, int]:
-    """Few classes share a program with other rows; many are walked over in blocks."""
-    block_c = min(next_power_of_2(classes), _TILE)
-    return {"BLOCK_B": min(next_power_of_2(rows), max(1, _TILE // (4 * block_c))), "BLOCK_C": block_c}
-
-
-def _launch_value(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    rows, classes = logits.shape
-    blocks = _blocks(rows, classes)
-    entropy, maximum, log_sum = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
-    arguments = (logits, entropy, maximum, log_sum, rows, classes, logits.stride())
-    launch(_WHO, _value_kernel, ceil_div(rows, blocks["BLOCK_B"]), *arguments, **blocks, num_warps=_WARPS)
-    return entropy, maximum, log_sum
-
-
-def _launch_gradient(
-    grad: Tensor,
+def _launch_loss(
     logits: Tensor,
-    entropy: Tensor,
-    maximum: Tensor,
-    log_sum: Tensor,
+    weights: Tensor | None,
+    offset: Tensor | None,
+    kind: str,
+    need_gradient: bool,
     out_dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     rows, classes = logits.shape
-    blocks = _blocks(rows, classes)
-    out = torch.empty_like(logits, dtype=out_dtype)
-    tensors = (logits, grad.contiguous(), entropy, maximum, log_sum, out)
-    programs = ceil_div(rows, blocks["BLOCK_B"]) * ceil_div(classes, blocks["BLOCK_C"])
-    arguments = (*tensors, rows, classes, logits.stride(), out.stride())
-    launch(_WHO, _gradient_kernel, programs, *arguments, **blocks, num_warps=_WARPS)
-    return out
+    programs, blocks = row_programs(rows, classes)
+    loss = logits.new_empty(rows, dtype=torch.float32)
+    gradient = torch.empty_like(logits, dtype=out_dtype) if need_gradient else None
+    tensors = (logits, dense(weights), dense(offset), loss, gradient)
+    strides = (logits.stride(), None if gradient is None else gradient.stride())
+    launch(f"softmax_{kind}", _loss_kernel, programs, *tensors, rows, classes, *strides, KIND=kind, **blocks)
+    return loss, logits.new_empty(0) if gradient is None else gradient
 
 
-def _fake_value(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    entropy, maximum, log_sum = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(3))
-    return entropy, maximum, log_sum
+def _fake(
+    logits: Tensor, _weights: Tensor | None, _offset: Tensor | None, _kind: str, need_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    loss = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    return loss, torch.empty_like(logits) if need_gradient else logits.new_empty(0)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(inputs[0], *output)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG001
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> Tensor:
-    dlogits: Tensor = _softmax_entropy_backward(grad, *ctx.saved_tensors)
-    return dlogits
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    return (gradient * grad.unsqueeze(1)).to(gradient.dtype), None, None, None, None
 
 
-_softmax_entropy_backward = register_op(
-    "softmax_entropy_backward(Tensor grad, Tensor logits, Tensor entropy, Tensor maximum, Tensor log_sum) -> Tensor",
-    cpu=reference.softmax_entropy_backward,
-    cuda=_launch_gradient,
-    fake=lambda _, logits, *__: torch.empty_like(logits),
-)
-_softmax_entropy = register_op(
-    "softmax_entropy(Tensor logits) -> (Tensor, Tensor, Tensor)",
-    cpu=reference.softmax_entropy_forward,
-    cuda=_launch_value,
-    fake=_fake_value,
+_softmax_loss = register_op(
+    "softmax_loss(Tensor logits, Tensor? weights, Tensor? offset, str kind, bool need_gradient) -> (Tensor, Tensor)",
+    cpu=reference.softmax_loss,
+    cuda=_launch_loss,
+    fake=_fake,
     setup_context=_save,
     backward=_backward,
 )
 
 
-def softmax_entropy(logits: Tensor) -> Tensor:
+def _loss(who: str, kind: str, logits: Tensor, weights: Tensor | None, offset: Tensor | None) -> Tensor:
+    check_logits(who, "logits", logits)
+    check_vectors(who, logits, weights, offset)
+    loss: Tensor = _softmax_loss(logits, weights, offset, kind, needs_gradient(logits))[0]
+    return loss
+
+
+def softmax_entropy(logits: Tensor, weights: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
     """Entropy of the softmax of each row, in nats.
 
-        H_i = -sum_c p_ic ln p_ic,  p = softmax(logits, 1)
+        l_i = -w_i sum_c p_ic ln p_ic,  p = softmax(logits + offset, 1)
 
     Args:
         logits: float32, bfloat16 or float16, [B, C] with C >= 1, any layout. A logit of -inf is a class of probability
             0 and contributes 0; NaN, +inf, or a row of nothing but -inf gives NaN.
+        weights: float32 or bool [B], taken as constants; None for 1. A weight of 0 leaves a row out but for its NaN.
+        offset: float32 [C], a constant added to every row, such as a multiple of the logarithm of a prior; None for 0.
 
     Returns:
-        H [B], float32, between 0 and ln C.
+        l [B], float32, between 0 and w ln C.
 
-    Gradients: dH_i / dz_ic = -p_ic (ln p_ic + H_i), 0 where p_ic = 0.
+    Gradients: dl_i / dz_ic = -w_i p_ic (ln p_ic + H_i), H the entropy without weight; 0 where p_ic = 0. It is found
+    together with the loss and kept in the type of the logits.
 
     Exactness: computed in float32 whatever the type of the logits, also for logits of 1e4 and beyond.
 
     Raises:
-        KernelError: `logits` is no floating matrix with at least one class.
+        KernelError: a type, shape or device that does not fit.
 
-    Source: the loss of TENT (arXiv 2006.10726) before its mean over the batch.
+    Source: the loss of TENT (arXiv 2006.10726) before its mean over the batch; weighted, of EATA (arXiv 2204.02610).
     """
-    _check.check_input(_WHO, "logits", logits)
-    if logits.ndim != 2 or logits.shape[1] == 0:
-        raise KernelError(f"{_WHO}: logits have shape {tuple(logits.shape)}, expected [B, C] with at least one class")
-    entropy: Tensor = _softmax_entropy(logits)[0]
-    return entropy
+    return _loss("softmax_entropy", "entropy", logits, weights, offset)
+
+
+def soft_likelihood_ratio(logits: Tensor, weights: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
+    """Soft likelihood ratio of each row: like the entropy, but with a gradient that does not vanish where p nears 1.
+
+        l_i = -w_i sum_c q_ic ln(q_ic / (1 - q_ic) + 1e-5),  q = min(p, 0.99),  p = softmax(logits + offset, 1)
+
+    Args:
+        logits, weights, offset: as in `softmax_entropy`, with the same rules for NaN and infinities.
+
+    Returns:
+        l [B], float32. It is negative where one class has most of the probability.
+
+    Gradients: of the logits; a class with p_ic >= 0.99 counts as constant.
+
+    Exactness: computed in float32; p that rounds to the other side of 0.99 than in float64 has the gradient of that
+    side.
+
+    Raises:
+        KernelError: a type, shape or device that does not fit.
+
+    Source: ROID (Marsden et al., arXiv 2306.00650), equation 4 with the clipping of its code.
+    """
+    return _loss("soft_likelihood_ratio", "likelihood_ratio", logits, weights, offset)

@@ -29,11 +29,16 @@ def others(x: Tensor) -> list[int]:
     return [dim for dim in range(x.ndim) if dim != 1]
 
 
-def formula(x: Tensor, given: Vectors, alpha: float, eps: float = 1e-5) -> Tensor:
-    """The definition, in the type of `x`."""
+def formula(
+    x: Tensor, given: Vectors, alpha: float, eps: float = 1e-5, *, mask: Tensor | None = None, constant: bool = False
+) -> Tensor:
+    """The definition, in the type of `x`; with `constant` no gradient goes through the statistics."""
     weight, bias, source_mean, source_var = given
-    mean = x.mean(others(x))
-    var = (x - along(mean, x)).square().mean(others(x))
+    chosen = x if mask is None else x[mask]
+    mean = chosen.mean(others(x))
+    var = (chosen - along(mean, x)).square().mean(others(x))
+    if constant:
+        mean, var = mean.detach(), var.detach()
     mean = (1 - alpha) * source_mean + alpha * mean
     var = (1 - alpha) * source_var + alpha * var
     y = (x - along(mean, x)) / along(var + eps, x).sqrt()
@@ -49,10 +54,12 @@ def double(given: Vectors) -> Vectors:
     return weight, bias, mean, var
 
 
-def assert_moments(moments: Tensor, x: Tensor) -> None:
+def assert_moments(moments: Tensor, x: Tensor, mask: Tensor | None = None) -> None:
     """Mean and variance of fp32 against fp64; both are 0 without elements."""
+    x = x if mask is None else x[mask]
     wide = x.detach().cpu().double()
-    mean, var = moments.detach().cpu().double()
+    mean, var, count = moments.detach().cpu().double()
+    assert count.tolist() == [x.numel() // max(1, x.shape[1])] * x.shape[1]
     if not x.numel():
         assert not moments.any()
         return
@@ -65,15 +72,17 @@ def assert_moments(moments: Tensor, x: Tensor) -> None:
 
 
 def assert_statistics(statistics: Tensor, moments: Tensor, given: Vectors, alpha: float, eps: float) -> None:
-    """The mixture, given the moments of the batch."""
-    mean, rstd, batch_mean = statistics.detach().cpu().double()
-    moments = moments.detach().cpu().double() if alpha > 0 else torch.zeros(2, len(mean), dtype=torch.float64)
+    """The mixture, given the moments of the batch; without elements the source alone."""
+    mean, rstd, batch_mean, share, var = statistics.detach().cpu().double()
+    moments = moments.detach().cpu().double() if alpha > 0 else torch.zeros(3, len(mean), dtype=torch.float64)
     _, _, source_mean, source_var = double(given)
     torch.testing.assert_close(batch_mean, moments[0], rtol=0, atol=0)
+    alpha = alpha if (moments[2] > 0).any() else 0.0
+    torch.testing.assert_close(share, alpha / moments[2].clamp_min(1), rtol=2e-7, atol=0)
     mixed = (1 - alpha) * source_mean + alpha * moments[0]
     bound = (1 - alpha) * source_mean.abs() + alpha * moments[0].abs()
     assert ((mean - mixed).abs() <= 2e-7 * bound).all()
-    var = (1 - alpha) * source_var + alpha * moments[1]
+    torch.testing.assert_close(var, (1 - alpha) * source_var + alpha * moments[1], rtol=2e-7, atol=0)
     torch.testing.assert_close(rstd, (var + eps).rsqrt(), rtol=BATCH_NORM_RSTD, atol=0)
 
 
@@ -87,7 +96,7 @@ def normalised(x: Tensor, statistics: Tensor, given: Vectors) -> Tensor:
 
 def assert_sums(sums: Tensor, grad: Tensor, x: Tensor, statistics: Tensor) -> None:
     """dweight and dbias, given the statistics."""
-    mean, rstd, _ = statistics.detach().cpu().double()
+    mean, rstd, *_ = statistics.detach().cpu().double()
     wide = grad.detach().cpu().double()
     slope = wide * (x.detach().cpu().double() - along(mean, x)) * along(rstd, x)
     for got, terms in zip(sums.detach().cpu().double(), (slope, wide), strict=True):
@@ -95,13 +104,19 @@ def assert_sums(sums: Tensor, grad: Tensor, x: Tensor, statistics: Tensor) -> No
 
 
 def input_gradient(
-    grad: Tensor, x: Tensor, weight: Tensor | None, statistics: Tensor, sums: Tensor, alpha: float
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    sums: Tensor,
+    alpha: float,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """dx from given statistics and sums, in the kernel's order of operations: equal bit for bit."""
-    _, rstd, batch_mean = statistics
-    share = alpha * x.shape[1] / max(x.numel(), 1)
+    _, rstd, batch_mean, share, _ = statistics
     dx = grad.float()
     if alpha > 0:
         along_x = (x.float() - along(batch_mean, x)) * along(share * rstd * sums[0], x)
-        dx = (dx - along(share * sums[1], x)) - along_x
+        through = (dx - along(share * sums[1], x)) - along_x
+        dx = through if mask is None else through.where(mask.view(-1, *[1] * (x.ndim - 1)), dx)
     return dx * along(rstd if weight is None else rstd * weight, x)

@@ -78,7 +78,8 @@ def _run_world(session: pytest.Session, world: str) -> tuple[dict[str, tuple[str
     tests = [item.nodeid for item in session.items if _world(item) == world]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "results")
-        variables = {_WORLD: world, _RESULTS: str(file), "TRITON_INTERPRET": _WORLDS[world], "TRITON_CACHE_DIR": folder}
+        cache = os.environ.get("TRITON_CACHE_DIR", folder)
+        variables = {_WORLD: world, _RESULTS: str(file), "TRITON_INTERPRET": _WORLDS[world], "TRITON_CACHE_DIR": cache}
         process = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
             cwd=session.config.rootpath,

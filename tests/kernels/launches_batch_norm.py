@@ -1,20 +1,18 @@
-"""batch_norm with its moments: planes and rows, with and without aligned rows."""
-
-import importlib
+"""batch_norm with its moments: planes and rows, with and without aligned rows, with and without a sample mask."""
 
 import torch
 from kernel_launch import Launch
 from torch import Tensor
 
-# The package exports a function of the same name.
-batch_norm = importlib.import_module("ttaq_kernels.batch_norm")
+from ttaq_kernels import _batch_norm_launch as launcher
 
 
-def _batch_norm(x: Tensor, alpha: float) -> None:
+def _batch_norm(x: Tensor, alpha: float, masked: bool) -> None:
     """Moments (unless alpha is 0), forward and backward."""
     channel = torch.ones(x.shape[1])
-    batch_norm._launch_forward(x, channel, channel, channel, channel, alpha, 1e-5)
-    batch_norm._launch_backward(x, x, channel, torch.ones(3, x.shape[1]), alpha, True, True)
+    mask = torch.ones(x.shape[0], dtype=torch.bool) if masked else None
+    launcher.launch_forward(x, channel, channel, channel, channel, mask, alpha, 1e-5)
+    launcher.launch_backward(x, x, channel, None, torch.ones(5, x.shape[1]), mask, alpha, True, True, False)
 
 
 def _launches() -> list[Launch]:
@@ -30,14 +28,16 @@ def _launches() -> list[Launch]:
     }
     return [
         Launch(
-            f"batch_norm-{name}",
-            lambda shape=shape, layout=layout, dtype=dtype, alpha=alpha: _batch_norm(
-                torch.zeros(shape, dtype=dtype).contiguous(memory_format=layout), alpha
+            f"batch_norm-{name}{'-masked' * masked}",
+            lambda shape=shape, layout=layout, dtype=dtype, alpha=alpha, masked=masked: _batch_norm(
+                torch.zeros(shape, dtype=dtype).contiguous(memory_format=layout), alpha, masked
             ),
             registers=128,
             rounds=True,
         )
         for name, (shape, layout, dtype, alpha) in kinds.items()
+        for masked in (False, True)
+        if not masked or name.startswith("14x14") or name.endswith("channels_last-bfloat16")
     ]
 
 

@@ -88,8 +88,8 @@ def test_reference_in_float64(alpha: float, affine: bool) -> None:
     y = oracle.formula(x, given, alpha)
     expected = torch.autograd.grad(y, inputs, grad)
     with torch.no_grad():
-        ours, statistics = reference.batch_norm_forward(x, *given, alpha, 1e-5)
-        dx, affine_grads = reference.batch_norm_backward(grad, x, given[0], statistics, alpha, True, True)
+        ours, statistics = reference.batch_norm_forward(x, *given, None, alpha, 1e-5)
+        dx, affine_grads = reference.batch_norm_backward(grad, x, given[0], statistics, None, alpha, True, True)
     torch.testing.assert_close(ours, y.detach(), rtol=1e-12, atol=1e-12)
     for got, want in zip((dx, *affine_grads), expected, strict=False):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
@@ -97,13 +97,17 @@ def test_reference_in_float64(alpha: float, affine: bool) -> None:
 
 def test_reference_walks_over_large_batches_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     x, given = oracle.values((7, 3, 4, 5)), oracle.vectors(3)
-    whole, statistics = reference.batch_norm_forward(x, *given, 0.3, 1e-5)
-    gradients = reference.batch_norm_backward(x, x, given[0], statistics, 0.3, True, True)
+    mask = torch.arange(7) % 3 != 1
+    whole, statistics = reference.batch_norm_forward(x, *given, mask, 0.3, 1e-5)
+    gradients = reference.batch_norm_backward(x, x, given[0], statistics, mask, 0.3, True, True)
     monkeypatch.setattr("ttaq_kernels.reference.moments._PIECE", 130)
-    pieces, _ = reference.batch_norm_forward(x, *given, 0.3, 1e-5)
-    torch.testing.assert_close(pieces, whole)
+    in_pieces, _ = reference.batch_norm_forward(x, *given, mask, 0.3, 1e-5)
+    torch.testing.assert_close(in_pieces, whole)
     torch.testing.assert_close(
-        reference.batch_norm_backward(x, x, given[0], statistics, 0.3, True, True), gradients, rtol=1e-5, atol=1e-5
+        reference.batch_norm_backward(x, x, given[0], statistics, mask, 0.3, True, True),
+        gradients,
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 
@@ -254,12 +258,15 @@ def test_opcheck(layout: str, op_device: torch.device) -> None:
     x = LAYOUTS[layout](oracle.values((2, 3, 4, 5))).to(op_device)
     weight, bias, mean, var = oracle.vectors(3, op_device)
     tracked = x.detach().requires_grad_(), weight.detach().requires_grad_(), bias.detach().requires_grad_()
-    torch.library.opcheck(ops.batch_norm.default, (*tracked, mean, var, 0.3, 1e-5))
-    torch.library.opcheck(ops.batch_norm.default, (tracked[0], None, None, None, None, 1.0, 1e-5))
-    torch.library.opcheck(ops.batch_norm_moments.default, tracked[:1])
-    statistics = ops.batch_norm(x, weight, bias, mean, var, 0.3, 1e-5)[1]
+    mask = torch.tensor([True, False], device=op_device)
+    torch.library.opcheck(ops.batch_norm.default, (*tracked, mean, var, mask, 0.3, 1e-5, True))
+    torch.library.opcheck(ops.batch_norm.default, (tracked[0], *[None] * 5, 1.0, 1e-5, False))
+    torch.library.opcheck(ops.batch_norm_moments.default, (tracked[0], None))
+    torch.library.opcheck(ops.batch_norm_moments.default, (tracked[0], mask))
+    statistics = ops.batch_norm(x, weight, bias, mean, var, mask, 0.3, 1e-5, True)[1]
     for need in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(ops.batch_norm_backward.default, (torch.ones_like(x), x, weight, statistics, 0.3, *need))
+        arguments = (torch.ones_like(x), x, weight, statistics, mask, 0.3, *need)
+        torch.library.opcheck(ops.batch_norm_backward.default, arguments)
 
 
 def _layer(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:

@@ -103,3 +103,20 @@ def test_usage_errors(
         bench.main(arguments)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suite", ["tiny", "cpu", "cuda"])
+def test_cases_differ_in_what_their_rows_say(bench: ModuleType, suite: str) -> None:
+    keys = [json.dumps(case.key) for op in bench.OPS for case in op.cases(suite)]
+    assert len(keys) == len(set(keys))
+    assert all(op.cases(suite) for op in bench.OPS)
+
+
+def test_the_networks_of_the_papers_are_timed_at_their_batches(bench: ModuleType) -> None:
+    models = {op.name: {case.model for case in op.cases("cuda")} for op in bench.OPS}
+    convolutional = {"ResNet-50 b64", "WRN-28-10 b200", "ResNeXt-29 b200"}
+    assert models["batch_norm"] == models["norm_act_quant"] == convolutional
+    assert models["fake_quantize"] == {*convolutional, "ViT-B b64"}
+    assert models["packed_linear"] == {"ResNet-50 b64", "ResNeXt-29 b200", "ViT-B b64"}
+    images = [case for op in bench.OPS for case in op.cases("cuda") if len(case.shape) == 4 and " b" in case.model]
+    assert all(case.model.endswith(f" b{case.shape[0]}") for case in images if case.variant != "channel")

@@ -99,3 +99,48 @@ def test_no_source_to_mix_with() -> None:
         layer(images())
     layer.alpha = 1.0
     assert layer(images()).shape == images().shape
+
+
+@pytest.mark.parametrize("setting", [{"alpha": 1.0}, {"alpha": 0.3}, {"prior_n": 5}])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_statistics_of_selected_images(dtype: torch.dtype, setting: dict) -> None:
+    """The selected images come out as from a batch of their own; the others are normalised with them."""
+    layer = AdaptiveBatchNorm2d.from_float(source())
+    layer.alpha, layer.prior_n = setting.get("alpha"), setting.get("prior_n")
+    x, mask = images(), torch.tensor([True, False, True, True, False])
+    share = layer.batch_share(len(x))
+    layer.sample_mask = mask.to(dtype)
+    got = layer(x)
+    assert got.shape == x.shape
+    layer.alpha, layer.prior_n, layer.sample_mask = share, None, None
+    torch.testing.assert_close(got[mask], layer(x[mask]))
+    mean = x[mask].mean((0, 2, 3))
+    var = x[mask].var((0, 2, 3), correction=0)
+    mixed = [(1 - share) * old + share * new for old, new in ((layer.running_mean, mean), (layer.running_var, var))]
+    expected = nn.functional.batch_norm(x, *mixed, layer.weight, layer.bias, eps=layer.eps)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_selected_image_the_source_is_used() -> None:
+    layer = AdaptiveBatchNorm2d.from_float(source())
+    layer.alpha, layer.sample_mask = 1.0, torch.zeros(5, dtype=torch.bool)
+    got = layer(images())
+    layer.alpha, layer.sample_mask = 0.0, None
+    assert torch.equal(got, layer(images()))
+
+
+def test_mask_is_no_part_of_the_state() -> None:
+    layer = AdaptiveBatchNorm2d.from_float(source())
+    keys = list(layer.state_dict())
+    layer.alpha, layer.sample_mask = 1.0, torch.ones(5, dtype=torch.bool)
+    assert list(layer.state_dict()) == keys
+
+
+def test_bad_masks() -> None:
+    layer = AdaptiveBatchNorm2d.from_float(source())
+    layer.sample_mask = torch.ones(5, dtype=torch.bool)
+    with pytest.raises(InputError, match="sample_mask needs statistics of the batch; set alpha or prior_n"):
+        layer(images())
+    layer.alpha = 1.0
+    with pytest.raises(KernelError, match=r"sample_mask has shape \(5,\), expected \(4,\)"):
+        layer(images(4))

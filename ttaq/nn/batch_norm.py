@@ -16,20 +16,23 @@ class AdaptiveBatchNorm2d(nn.BatchNorm2d):
         mean = (1 - alpha) * running_mean + alpha * batch_mean      var the same, with the biased variance of the batch
         y    = (x - mean) / sqrt(var + eps) * weight + bias
 
-    alpha: share of the batch, from 0 (source statistics) to 1 (batch statistics). None, the default, behaves as
-        `torch.nn.BatchNorm2d`, bit for bit. A layer without running statistics can only take None or 1.
-    prior_n: weight of the source in images; a batch of B images then has `alpha = B / (B + prior_n)` (Schneider et al.
-        2020, arXiv 2006.16971). 0 is alpha 1.
+    alpha: share of the batch, 0 (source statistics) to 1. None, the default, is torch's layer, bit for bit.
+    prior_n: weight of the source in images instead: a batch of B images, selected or not, has
+        `alpha = B / (B + prior_n)` (Schneider et al. 2020, arXiv 2006.16971).
+    sample_mask: [B], bool or 0 and 1: the images that the statistics of the batch are taken from; None takes all. Every
+        image is normalised; where none is selected, the source statistics are used. It belongs to one batch, and is no
+        part of the state.
 
-    With either set, the running statistics are read and never written. A channel with a single value (one image of
-    1x1) has variance 0 at alpha 1 and becomes `bias`. Gradients go through the share of the batch. An empty batch
-    stays empty.
+    With an alpha the running statistics are read and never written, and gradients go through the share of the batch.
+    A channel with a single value has variance 0 at alpha 1 and becomes `bias`; an empty batch stays empty.
 
-    Raises `InputError` if both are set or one is out of range; `KernelError` for alpha < 1 without running statistics.
+    Raises `InputError` for alpha together with prior_n, one of them out of range, or a mask without either;
+    `KernelError` for alpha < 1 without running statistics and for a mask that does not fit the batch.
     """
 
     alpha: float | None = None
     prior_n: int | None = None
+    sample_mask: Tensor | None = None
 
     @classmethod
     def from_float(cls, layer: nn.BatchNorm2d) -> AdaptiveBatchNorm2d:
@@ -57,9 +60,20 @@ class AdaptiveBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         alpha = self.batch_share(x.shape[0])
         if alpha is None:
+            if self.sample_mask is not None:
+                raise InputError("AdaptiveBatchNorm2d: sample_mask needs statistics of the batch; set alpha or prior_n")
             return super().forward(x)
         self._check_input_dim(x)
-        return batch_norm(x, self.weight, self.bias, self.running_mean, self.running_var, alpha, self.eps)
+        return batch_norm(
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            alpha,
+            self.eps,
+            sample_mask=self.sample_mask,
+        )
 
     def extra_repr(self) -> str:
         own = f"alpha={self.alpha}, prior_n={self.prior_n}"

@@ -1,40 +1,67 @@
-"""Softmax entropy in plain PyTorch: what the kernels are tested against, and the CPU path.
+"""Losses of one softmax in plain PyTorch: what the kernels are tested against, and the CPU path.
 
-Every function works in float32, or in float64 for float64 logits.
+Everything works in float32, or in float64 for float64 logits.
 """
 
 import torch
 from torch import Tensor
 
-__all__ = ["softmax_entropy_backward", "softmax_entropy_forward"]
+__all__ = ["add_offset", "softmax_loss", "weighted"]
+
+_CLIP, _TINY = 0.99, 1e-5  # of the soft likelihood ratio
 
 
-def _finite(log_p: Tensor) -> Tensor:
-    """-inf made the smallest number: times p = 0 that gives 0, the limit of p ln p, and not NaN."""
-    return log_p.clamp_min(torch.finfo(log_p.dtype).min)
-
-
-def softmax_entropy_forward(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Entropy, maximum and log_sum, each [B]: log_sum = ln sum_c e^d_c, H = log_sum - sum_c p_c d_c, d = z - maximum.
-
-    The maximum and the logarithm stay apart: their sum would round away the digits of ln p at large logits.
-    """
+def add_offset(logits: Tensor, offset: Tensor | None) -> Tensor:
+    """logits + offset, in at least float32."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    maximum = z.amax(1)
-    shifted = z - maximum.unsqueeze(1)
-    weights = shifted.exp()
-    total = weights.sum(1)
-    moment = weights.mul(_finite(shifted)).sum(1)
-    log_sum = total.log()
-    return log_sum - moment / total, maximum, log_sum
+    return z if offset is None else z + offset
 
 
-def softmax_entropy_backward(
-    grad_entropy: Tensor, logits: Tensor, entropy: Tensor, maximum: Tensor, log_sum: Tensor
-) -> Tensor:
-    """`-g_i p_ic (ln p_ic + H_i)` in the type of the logits; 0 where p underflows to 0."""
-    z = logits.to(entropy.dtype)
-    log_p = (z - maximum.unsqueeze(1)) - log_sum.unsqueeze(1)
-    p = log_p.exp()
-    slope = _finite(log_p).add_(entropy.unsqueeze(1)).mul_(p)
-    return (-grad_entropy.unsqueeze(1) * slope).to(logits.dtype)
+def weighted(loss: Tensor, weights: Tensor | None) -> Tensor:
+    """`loss` with each row times its weight; a bool mask counts as 0 and 1."""
+    if weights is None:
+        return loss
+    return loss * weights.to(loss.dtype).view(-1, *[1] * (loss.ndim - 1))
+
+
+def _entropy(d: Tensor, p: Tensor, log_sum: Tensor, need_slope: bool) -> tuple[Tensor, Tensor | None]:
+    """-sum p ln p and -ln p, which is its slope but for a constant."""
+    # -inf made the smallest number: times p = 0 that gives 0, the limit of p ln p, and not NaN.
+    slope = torch.sub(log_sum, d.clamp_min_(torch.finfo(d.dtype).min), out=d)
+    return (p * slope).sum(1), slope if need_slope else None
+
+
+def _likelihood_ratio(p: Tensor, need_slope: bool) -> tuple[Tensor, Tensor | None]:
+    """-sum c ln(c / (1 - c) + tiny) with c = min(p, clip), and its slope."""
+    clipped = p.clamp_max(_CLIP)
+    rest = 1 - clipped
+    log_ratio = (clipped / rest).add_(_TINY).log_()
+    loss = (clipped * log_ratio).sum(1).neg_()
+    if not need_slope:
+        return loss, None
+    slope = clipped.div(rest.mul_(clipped.add(rest, alpha=_TINY))).add_(log_ratio).neg_()
+    # The gradient of hardtanh is where(low < p < high, slope, 0) in one vectorised pass.
+    return loss, torch.ops.aten.hardtanh_backward.grad_input(slope, p, -1.0, _CLIP, grad_input=slope)
+
+
+def softmax_loss(
+    logits: Tensor, weights: Tensor | None, offset: Tensor | None, kind: str, need_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The loss of each row [B], and its gradient [B, C] in the type of the logits, or nothing.
+
+    With l = sum_c f(p_c): dl / dz_c = p_c (f'(p_c) - sum_k p_k f'(p_k)).
+    """
+    z = add_offset(logits, offset)
+    d = z - z.amax(1, keepdim=True)
+    p = d.exp()
+    total = p.sum(1, keepdim=True)
+    p.div_(total)
+    if kind == "entropy":
+        loss, slope = _entropy(d, p, total.log(), need_gradient)
+    else:
+        loss, slope = _likelihood_ratio(p, need_gradient)
+    if slope is None:
+        return weighted(loss, weights), logits.new_empty(0)
+    mean = (p * slope).sum(1, keepdim=True)
+    gradient = torch.empty_like(logits)
+    return weighted(loss, weights), gradient.copy_(weighted(slope.sub_(mean).mul_(p), weights))

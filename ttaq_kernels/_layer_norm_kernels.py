@@ -1,0 +1,215 @@
+"""The kernels of `layer_norm` and their launchers."""
+
+import torch
+from torch import Tensor
+
+from ttaq_kernels._groups import group_of, samples_per_group, sum_groups
+from ttaq_kernels._launch import ceil_div, launch, next_power_of_2, tl, triton
+from ttaq_kernels._math import round_half_even
+from ttaq_kernels.reference.norm_act_quant import gradient_carrier, stored_shift
+
+# Device functions stay without types: Triton has none.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+__all__ = ["group_count", "launch_backward", "launch_forward"]
+
+_WHO = "layer_norm"
+_TILE = 2048  # elements of one program where rows are short
+_REDUCING_PROGRAMS = 512  # the same for all GPUs, since the split decides the rounding
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    groups_ptr,
+    scale_ptr,
+    zero_point_ptr,
+    y_ptr,
+    statistics_ptr,
+    sizes,
+    grid,
+    eps,
+    CODES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """y = ((x - mean) rstd) weight + bias, on the grid or as codes; statistics[:, row] = mean, rstd"""
+    # Triton makes a constant of a 1, which has no methods: hence tl.cast.
+    rows, channels, positions, per_group = sizes[0], sizes[1], sizes[2], sizes[3]
+    offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    offs_c = tl.arange(0, BLOCK_C)[None, :]
+    mask_r, mask_c = offs_r < rows, offs_c < channels
+    offs, mask = offs_r * channels + offs_c, mask_r & mask_c
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.div_rn(tl.sum(x, axis=1), tl.cast(channels, tl.float32))[:, None]
+    d = tl.where(mask_c, x - mean, 0.0)
+    var = tl.div_rn(tl.sum(d * d, axis=1), tl.cast(channels, tl.float32))[:, None]
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+    tl.store(statistics_ptr + offs_r, mean, mask=mask_r)
+    tl.store(statistics_ptr + rows + offs_r, rstd, mask=mask_r)
+    y = d * rstd
+    if weight_ptr is not None or bias_ptr is not None:
+        row = group_of(groups_ptr, offs_r // positions, per_group, mask_r) * channels
+        if weight_ptr is not None:
+            y *= tl.load(weight_ptr + row + offs_c, mask=mask, other=0.0)
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + row + offs_c, mask=mask, other=0.0)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr)
+        zero_point = tl.load(zero_point_ptr).to(tl.float32)
+        u = round_half_even(y * tl.div_rn(1.0, scale)) + zero_point
+        # The lower bound first: maximum drops NaN, which so becomes qmin.
+        q = tl.minimum(tl.maximum(u, tl.cast(grid[0], tl.float32)), tl.cast(grid[1], tl.float32))
+        if CODES:
+            y = (q - grid[2]).to(tl.int8)
+        else:
+            y = (q - zero_point) * scale
+    tl.store(y_ptr + offs, y, mask=mask)
+
+
+@triton.jit
+def _backward_kernel(
+    x_ptr,
+    grad_ptr,
+    weight_ptr,
+    bias_ptr,
+    statistics_ptr,
+    groups_ptr,
+    scale_ptr,
+    zero_point_ptr,
+    dx_ptr,
+    parts_ptr,
+    sizes,
+    split,
+    grid,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dx of the rows of one part of a segment, and parts[:, part] = sum g n, sum g; a segment has one group"""
+    rows, channels, positions, per_group = sizes[0], sizes[1], sizes[2], sizes[3]
+    segment_rows, per_part, parts = split[0], split[1], split[2]
+    program = tl.program_id(0).to(tl.int64)
+    segment, part = program // parts, program % parts
+    first, last = part * per_part, tl.minimum((part + 1) * per_part, segment_rows)
+    offs_c = tl.arange(0, BLOCK_C)[None, :]
+    mask_c = offs_c < channels
+    row = group_of(groups_ptr, segment * segment_rows // positions, per_group, True) * channels
+    weight = tl.full((1, BLOCK_C), 1.0, tl.float32)
+    bias = tl.zeros((1, BLOCK_C), tl.float32)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + row + offs_c, mask=mask_c, other=0.0)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + row + offs_c, mask=mask_c, other=0.0)
+    dot = tl.zeros((1, BLOCK_C), tl.float32)
+    total = tl.zeros((1, BLOCK_C), tl.float32)
+    for start in range(first, last, BLOCK_R):
+        offs_r = start + tl.arange(0, BLOCK_R)[:, None]
+        mask_r = offs_r < last
+        offs_r += segment * segment_rows
+        offs, mask = offs_r * channels + offs_c, mask_r & mask_c
+        mean = tl.load(statistics_ptr + offs_r, mask=mask_r, other=0.0)
+        rstd = tl.load(statistics_ptr + rows + offs_r, mask=mask_r, other=0.0)
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        normalised = tl.where(mask, (x - mean) * rstd, 0.0)
+        if scale_ptr is not None:
+            y = normalised * weight + bias
+            u = round_half_even(y * tl.div_rn(1.0, tl.load(scale_ptr))) + tl.load(zero_point_ptr).to(tl.float32)
+            grad = tl.where((u >= tl.cast(grid[0], tl.float32)) & (u <= tl.cast(grid[1], tl.float32)), grad, 0.0)
+        along = grad * normalised
+        dot += tl.sum(along, axis=0)[None, :]
+        total += tl.sum(grad, axis=0)[None, :]
+        if dx_ptr is not None:
+            weighted = grad * weight
+            mean_h = tl.div_rn(tl.sum(weighted, axis=1), tl.cast(channels, tl.float32))[:, None]
+            mean_hn = tl.div_rn(tl.sum(weighted * normalised, axis=1), tl.cast(channels, tl.float32))[:, None]
+            tl.store(dx_ptr + offs, ((weighted - mean_h) - normalised * mean_hn) * rstd, mask=mask)
+    if parts_ptr is not None:
+        out_ptr = parts_ptr + program * channels + offs_c
+        tl.store(out_ptr, dot, mask=mask_c)
+        tl.store(out_ptr + tl.num_programs(0).to(tl.int64) * channels, total, mask=mask_c)
+
+
+def _positions(x: Tensor) -> int:
+    """Rows of each sample, at least 1."""
+    return max(1, x[0].numel() // x.shape[-1]) if len(x) else 1
+
+
+def _sizes(x: Tensor, groups: int) -> tuple[int, int, int, int]:
+    channels = x.shape[-1]
+    return x.numel() // channels, channels, _positions(x), samples_per_group(len(x), groups)
+
+
+def _blocks(channels: int) -> dict[str, int]:
+    block_c = next_power_of_2(channels)
+    return {"BLOCK_R": max(1, _TILE // block_c), "BLOCK_C": block_c, "num_warps": min(16, max(4, block_c // 512))}
+
+
+def group_count(*parameters: Tensor | None) -> int:
+    """Rows of weight and bias."""
+    return next((len(parameter) for parameter in parameters if parameter is not None), 1)
+
+
+def launch_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: Tensor | None,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    qmin: int,
+    qmax: int,
+    codes: bool,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The statistics, `y`, and for codes the tensor that carries their gradient."""
+    y = torch.empty_like(x, dtype=torch.int8 if codes else out_dtype)
+    x = x.contiguous()
+    out = y if y.is_contiguous() else torch.empty_like(x, dtype=y.dtype)
+    sizes = _sizes(x, group_count(weight, bias))
+    statistics = x.new_empty(2, sizes[0], dtype=torch.float32)
+    vectors = (None if t is None else t.contiguous() for t in (weight, bias, groups))
+    blocks = _blocks(sizes[1])
+    arguments = (x, *vectors, scale, zero_point, out, statistics, sizes, (qmin, qmax, stored_shift(qmax)), eps)
+    launch(_WHO, _forward_kernel, ceil_div(sizes[0], blocks["BLOCK_R"]), *arguments, CODES=codes, **blocks)
+    return statistics, y if out is y else y.copy_(out), gradient_carrier(x) if codes else x.new_empty(0)
+
+
+def launch_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    groups: Tensor | None,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    qmin: int,
+    qmax: int,
+    count: int,
+    need_x: bool,
+    need_affine: bool,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dx, and [2, G, C]: dweight and dbias of `count` groups; what is not needed comes back empty."""
+    dx = torch.empty_like(x, dtype=out_dtype) if need_x else x.new_empty(0)
+    x, grad = x.contiguous(), grad.contiguous()
+    out = dx if dx.is_contiguous() else torch.empty_like(x, dtype=dx.dtype)
+    sizes = _sizes(x, count)
+    # A segment has one group: with an index it is a sample, else all samples of a group.
+    segments = len(x) if groups is not None else count
+    segment_rows = sizes[0] // max(1, segments)
+    per_part = max(1, ceil_div(sizes[0], _REDUCING_PROGRAMS))
+    parts = ceil_div(segment_rows, per_part)
+    partial = statistics.new_empty(2, segments, parts, sizes[1]) if need_affine else None
+    vectors = (None if t is None else t.contiguous() for t in (weight, bias, statistics, groups))
+    tensors = (x, grad, *vectors, scale, zero_point, out if need_x else None, partial)
+    arguments = (*tensors, sizes, (segment_rows, per_part, parts), (qmin, qmax))
+    launch(_WHO, _backward_kernel, segments * parts, *arguments, **_blocks(sizes[1]))
+    affine = statistics.new_empty(0)
+    if partial is not None:
+        affine = partial.sum(2) if groups is None else sum_groups(partial.sum(2), groups, count)
+    return dx if out is dx else dx.copy_(out), affine
