@@ -119,7 +119,7 @@ def method_options(items: Sequence[str], methods: Sequence[str]) -> Mapping[str,
         if not (equals and dot and option):
             raise InputError(f"--option: got {item!r}, expected METHOD.NAME=VALUE such as tent.lr=1e-3")
         if method not in options:
-            raise InputError(f"--option: {item!r} is for {method!r}, which is not among --methods {','.join(methods)}")
+            raise InputError(f"--option: {item!r} is for {method!r}, expected one for {' or '.join(methods)}")
         options[method][option] = _literal(text)
     return options
 

@@ -1,0 +1,46 @@
+"""PEM: weights without a mean, so that a shift common to the inputs of a layer does not reach its output.
+
+    w' = w - mean(w)        over each output channel (SymReg, arXiv 2208.00338), or over the whole tensor
+
+TTAQ (arXiv 2412.09899, section 3.2) normalises the weights before they are quantized: a noise of the input with mean m
+enters the output as n m mean(w_hat), which is 0 then. Its scale part changes nothing under a batch norm and is left
+out. The function of the model changes, by mean(w) times the sum of the input over the kernel window; batch statistics
+and reconstruction have to make up for it.
+
+Only dense convolutions directly in front of a batch norm are centred: a depthwise kernel would lose its whole response,
+and elsewhere nothing takes the shift away. A kernel that is nearly constant (deviation below 1 % of the layer's median)
+is left alone: what little it does is done by its mean.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ttaq.nn import AdaptiveBatchNorm2d, QuantConv2d, QuantizedModel
+
+__all__ = ["centre"]
+
+
+def centre(model: QuantizedModel, how: str) -> list[str]:
+    """Centre the weights of `model` in place, per "channel" or per "tensor"; returns the names of the layers."""
+    modules = dict(model.named_modules())
+    centred = []
+    for node in model.graph.nodes:
+        layer = modules.get(str(node.target)) if node.op == "call_module" else None
+        followers = [modules.get(str(user.target)) for user in node.users if user.op == "call_module"]
+        before_norm = len(node.users) == len(followers) == 1 and isinstance(followers[0], AdaptiveBatchNorm2d)
+        dense = isinstance(layer, QuantConv2d) and layer.groups < layer.in_channels
+        if isinstance(layer, QuantConv2d) and dense and before_norm and node.target not in centred:
+            with torch.no_grad():
+                _centre(layer, how)
+            centred.append(str(node.target))
+    return centred
+
+
+def _centre(layer: nn.Conv2d, how: str) -> None:
+    rows = layer.weight.flatten(1)
+    means = rows.mean(1) if how == "channel" else rows.mean().expand(len(rows))
+    deviations = rows.std(1)
+    alive = deviations > 0.01 * deviations.median()
+    layer.weight.sub_(torch.where(alive, means, 0).view(-1, 1, 1, 1))
