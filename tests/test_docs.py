@@ -13,10 +13,29 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
-@pytest.mark.parametrize("rows", sorted(ROOT.glob("benchmarks/results/*_rtn.jsonl")), ids=lambda path: path.stem)
-def test_tables_are_made_from_the_rows(rows: Path, tmp_path: Path) -> None:
-    assert main(["report", str(rows), "--out", str(tmp_path / "table.md")]) == 0
-    assert (tmp_path / "table.md").read_text() == (ROOT / "docs/results" / f"{rows.stem}.md").read_text()
+# The commands that the page of results gives for its tables.
+REPORTS = [
+    line.split()[1:]
+    for line in (ROOT / "docs/results.md").read_text().splitlines()
+    if line.startswith("ttaq report benchmarks/")
+]
+
+
+@pytest.mark.parametrize("command", REPORTS, ids=lambda command: Path(command[1]).stem)
+def test_tables_are_made_from_the_rows_by_the_command_beside_them(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    out = command.index("--out") + 1
+    table = tmp_path / "table.md"
+    drawn = [tmp_path / "plot.png" if word.endswith(".png") else word for word in command]
+    assert main([*map(str, drawn[:out]), str(table), *map(str, drawn[out + 1 :])]) == 0
+    assert table.read_text() == (ROOT / command[out]).read_text()
+
+
+@pytest.mark.parametrize("rows", sorted(ROOT.glob("benchmarks/results/*.jsonl")), ids=lambda path: path.name)
+def test_rows_are_explained(rows: Path) -> None:
+    assert any(f"benchmarks/results/{rows.name}" in page.read_text() for page in ROOT.glob("docs/**/*.md"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

@@ -58,6 +58,37 @@ def test_quantize_adapt_report(files: Path, tmp_path: Path, capsys: pytest.Captu
     assert "minus norm" in capsys.readouterr().out
 
 
+def test_quantize_by_training_goes_on_where_it_was_interrupted(files: Path, tmp_path: Path) -> None:
+    def argv(out: str) -> list[str]:
+        shared = ["--dataset", "digits", "--scheme", "W2A4", "--calibration", "16", "--threads", "1"]
+        settings = ["--method", "ttaq", "--preset", "fast", "--option", "ttaq.iterations=25"]
+        return [
+            "quantize",
+            "--model",
+            str(files / "float.safetensors"),
+            *shared,
+            *settings,
+            "--out",
+            str(tmp_path / out),
+        ]
+
+    assert main(argv("whole.safetensors")) == 0
+    code = f"import sys; from ttaq.cli import main; sys.exit(main({argv('resumed.safetensors')!r}))"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    units = tmp_path / "resumed.safetensors.units"
+    deadline = time.monotonic() + 120
+    while not (units / "unit_001.safetensors").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    assert not (tmp_path / "resumed.safetensors").exists()
+    assert main(argv("resumed.safetensors")) == 0
+    whole, resumed = (load_model(tmp_path / f"{name}.safetensors") for name in ("whole", "resumed"))
+    assert whole.header["hash"] == resumed.header["hash"]
+    assert whole.header["extra"]["quantization"]["iterations"] == 25
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["resumed.safetensors", "whole.safetensors"]
+
+
 def test_one_seed_on_two_models_is_not_averaged(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

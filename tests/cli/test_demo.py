@@ -30,14 +30,16 @@ def test_demo_shows_a_table_and_writes_rows_and_plot(
     out = tmp_path / "out"
     assert main(["demo", "--out", str(out), "--images", "20", "--threads", str(torch.get_num_threads())]) == 0
     said = capsys.readouterr().out
-    header = "| error %           | float source | float norm | float tent | W4A4 source | W4A4 norm | W4A4 tent |"
-    assert header in said
-    assert len(re.findall(r"^\| [a-z_]+ +(\| +\d+\.\d ){6}\|$", said, re.MULTILINE)) == 16
+    methods = [
+        f"{quantization} {method}" for quantization in ("float", "rtn", "ttaq") for method in ("source", "norm", "tent")
+    ]
+    assert f"| error %           | {' | '.join(methods)} |" in said
+    assert len(re.findall(r"^\| [a-z_]+ +(\| +\d+\.\d ){9}\|$", said, re.MULTILINE)) == 16
     assert "20 test images per corruption" in said
     assert "one seed" in said
     assert f"plot: {(out / 'demo.png').resolve()}" in said
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert len(read_rows(out / "rows.jsonl")) == 2 * 3 * 16
+    assert len(read_rows(out / "rows.jsonl")) == 3 * 3 * 16
     assert cache.is_file()
 
 

@@ -197,7 +197,7 @@ def broken_statistics() -> Net:
 NAN = images(3)
 NAN[1, 0, 0, 0] = torch.nan
 ERRORS = {
-    "method": ({"method": "qdrop"}, "method is 'qdrop', expected 'rtn'"),
+    "method": ({"method": "magic"}, "method is 'magic', expected 'rtn' or 'adaround'"),
     "search": ({"search": "mean"}, "search is 'mean', expected 'mse' or 'minmax'"),
     "batch size": ({"batch_size": 0}, "batch_size is 0, expected 1 or more"),
     "scheme": ({"scheme": "W4A"}, "got 'W4A', expected W<weight bits>A<activation bits>"),
@@ -244,7 +244,7 @@ def test_errors(case: str) -> None:
 
 
 def test_methods_are_named() -> None:
-    assert "rtn" in METHODS
+    assert list(METHODS) == ["rtn", "adaround", "brecq", "qdrop", "pdquant", "ttaq"]
 
 
 @pytest.mark.gpu

@@ -12,7 +12,6 @@ from ttaq.eval import ModelInfo
 from ttaq.io import load_model, load_weights, model_hash
 from ttaq.models import NAMES, infer_kwargs
 from ttaq.models.external import is_external
-from ttaq.scheme import Scheme
 
 __all__ = ["MODEL_HELP", "Loaded", "load"]
 
@@ -43,11 +42,11 @@ def load(text: str) -> Loaded:
         info = ModelInfo(name, "float", None, None, model_hash(model))
         return Loaded(model, name, infer_kwargs(name, model.state_dict()), info)
     model, header = load_model(text)
-    scheme, method, extra = header["scheme"], header["method"], header["extra"]
+    method, extra = header["method"], header["extra"]
     flags = ",".join(f"{key}={value}" for key, value in sorted(extra.get("quantization", {}).items()))
     info = ModelInfo(
         model=header["architecture"] or type(model).__name__,
-        scheme="float" if scheme is None else str(Scheme.from_dict(scheme)),
+        scheme=str(getattr(model, "scheme", "float")),
         quantization=f"{method}({flags})" if method and flags else method,
         calibration_seed=extra.get("calibration_seed"),
         model_hash=header["hash"],
