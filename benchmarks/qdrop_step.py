@@ -30,6 +30,7 @@ from torch import Tensor
 from benchmarks import measure
 from benchmarks.lsq_drop import KEEP, kept_like
 from benchmarks.reconstruction import kept_rows
+from ttaq.ptq.caches import Rows
 from ttaq_kernels import SoftRounding, fake_quantize, gather_mix, reconstruction_loss, search_scale, soft_round_step_
 
 STAGES = {"16x32x32": (16, 32), "32x16x16": (32, 16)}
@@ -86,7 +87,7 @@ class Ours:
     def _loss(self, index: Tensor, weights: list[Tensor], scales: list[Tensor], seeds: Tensor) -> Tensor:
         block = self.block
         x = gather_mix(block.quantized, block.floating, index, KEEP, seeds[0])
-        target = block.target[index]
+        target = Rows(block.target, None, lambda: None).take(index)
         inside = F.conv2d(x, weights[0], block.biases[0], padding=1).relu_()
         drop: Any = {"keep_quantized": KEEP, "seed": seeds[1]}
         inside = fake_quantize(inside, scales[0], block.zero_point, 0, QMAX, **drop)

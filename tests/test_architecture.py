@@ -163,6 +163,7 @@ def test_public_names_are_few_and_exist() -> None:
 
     for package in ("ttaq", "ttaq_kernels", "ttaq.nn", "ttaq.ptq", "ttaq.tta", "ttaq.data", "ttaq.models", "ttaq.eval"):
         module = importlib.import_module(package)
-        assert len(module.__all__) <= 20, f"{package} has {len(module.__all__)} public names"
+        most = 30 if package == "ttaq_kernels" else 20  # an op is a name
+        assert len(module.__all__) <= most, f"{package} has {len(module.__all__)} public names"
         for name in module.__all__:
             assert hasattr(module, name), f"{package}.__all__ names {name}, which does not exist"

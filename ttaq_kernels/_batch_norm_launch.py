@@ -117,9 +117,8 @@ def launch_backward(
         tensors: tuple[Tensor | None, ...] = (x, grad, residual, *vectors, statistics, passed, partial)
         sizes: tuple[object, ...] = (after.qmin, after.qmax, tiles.sizes, (chunks, per_part, parts), tiles.strides)
         options = {"ACT": after.act, "CLIPS": after.clips, **tiles.blocks}
-        # What was clipped is found with more registers than the threads of 8 warps should have.
-        warps = 2 * _WARPS if after.clips else _WARPS
-        launch(who, kernels.sums_kernel, tiles.columns * parts, *tensors, *sizes, **options, num_warps=warps)
+        # Two sums and what was clipped take more registers than the threads of 8 warps should have.
+        launch(who, kernels.sums_kernel, tiles.columns * parts, *tensors, *sizes, **options, num_warps=2 * _WARPS)
         sums = partial.sum(1)
     if passed is not None:
         # What was clipped is 0 in it already: the pass below reads it instead of dy and the residual.

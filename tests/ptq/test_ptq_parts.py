@@ -159,6 +159,9 @@ def test_rows_come_back_as_they_were(megabytes: float) -> None:
             rows, rows if quantizer is None else budget_rows(x), torch.tensor([5, 0, 0]), 1.0, torch.tensor(3)
         )
         assert torch.equal(taken, x[[5, 0, 0]])
+        stored = rows.take(torch.tensor([3, 3, 1]))
+        assert torch.equal(stored, rows.values[[3, 3, 1]])
+        assert stored.is_contiguous(memory_format=torch.channels_last)
         rows.release()
     assert budget.left == megabytes * 1e6
 

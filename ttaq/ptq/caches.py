@@ -52,9 +52,10 @@ class Rows:
 
     def take(self, index: Tensor) -> Tensor:
         """The rows `index` of `values` on its device, in the same memory layout."""
-        rows = self.values.index_select(0, index.to(self.values.device)).to(index.device)
-        channels_last = rows.ndim == 4 and self.values.is_contiguous(memory_format=torch.channels_last)
-        return rows.contiguous(memory_format=torch.channels_last) if channels_last else rows
+        values, per_row = self.values, self.values[:1].numel()
+        # As they lie in memory: index_select would write another layout.
+        rows = values.as_strided((len(values), per_row), (per_row, 1)).index_select(0, index.to(values.device))
+        return rows.to(index.device).as_strided((len(index), *values.shape[1:]), (per_row, *values.stride()[1:]))
 
 
 class Budget:
