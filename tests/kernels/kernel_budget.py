@@ -33,7 +33,7 @@ _ABOVE = {
     ("fake_quantize-lsq-col", "_backward_kernel"): 9.0,
     ("fake_quantize-forward-plane", "_forward_kernel"): 8.0,
     ("group_affine-7x7", "_backward_kernel"): 9.5,
-    ("layer_norm", "_forward_kernel"): 21.0,
+    ("layer_norm", "_forward_kernel"): 23.0,
     ("reconstruction-bfloat16-p_2.4", "_kernel"): 12.0,
     ("soft_round-soft", "_forward_kernel"): 9.5,
     ("soft_round-penalty_backward", "_penalty_backward_kernel"): 10.0,
