@@ -12,10 +12,18 @@ from ttaq.errors import InputError
 
 __all__ = ["PRESETS", "LayerBits", "Position", "Scheme"]
 
-PRESETS = ("W8A8", "W4A8", "W4A4", "W3A3", "W2A4", "W2A2")
+PRESETS = ("W8A8", "W6A6", "W4A8", "W4A4", "W3A3", "W2A4", "W2A2")
 Position = Literal["first", "inner", "last"]
 _FLOAT = 32  # how a name writes "stays float": W4A32 has 4-bit weights and float activations
-_FLAGS = ("weight_symmetric", "activation_symmetric", "weight_per_tensor")
+# How a name writes a field that has not its usual value.
+_FLAGS = {
+    "weight_symmetric": ("weight_symmetric", True),
+    "activation_symmetric": ("activation_symmetric", True),
+    "weight_per_tensor": ("weight_per_channel", False),
+    "float_matmul": ("quantize_matmul", False),
+    "uniform_softmax": ("twin_softmax", False),
+    "uniform_gelu": ("twin_gelu", False),
+}
 _BITS_OPTIONS = {"first_last": "first_last_bits", "image": "image_bits"}
 
 
@@ -68,6 +76,9 @@ class Scheme:
     overrides: (pattern, bits) pairs such as `("layer3.*", "W8A8")` or `("fc", "float")`; the pattern is matched against
         the full layer name (`*` and `?` as in file names), the last match wins, also over first_last_bits.
     image_bits: bits of the image, which feeds the first layers; None leaves it float whatever the overrides say.
+    quantize_matmul: whether products of two activations (attention) get quantized operands, of activation_bits or of
+        what an override for the product's name says; False leaves them float whatever the overrides say.
+    twin_softmax, twin_gelu: a twin uniform grid (`ttaq.nn.TwinQuantizer`) for what a softmax or a GELU makes.
     """
 
     weight_bits: int | None = 8
@@ -78,11 +89,14 @@ class Scheme:
     first_last_bits: int | None = 8
     overrides: tuple[tuple[str, str], ...] = ()
     image_bits: int | None = None
+    quantize_matmul: bool = True
+    twin_softmax: bool = True
+    twin_gelu: bool = True
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits", "first_last_bits", "image_bits"):
             _check_bits("Scheme", name, getattr(self, name))
-        for name in ("weight_symmetric", "activation_symmetric", "weight_per_channel"):
+        for name, _ in _FLAGS.values():
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"Scheme: {name} is {getattr(self, name)!r}, expected True or False")
         canonical = []
@@ -100,7 +114,8 @@ class Scheme:
     @classmethod
     def parse(cls, text: str) -> Scheme:
         """Read a name: `WxAy`, then, after commas, any of `first_last=BITS|none`, `image=BITS|none`,
-        `weight_symmetric`, `activation_symmetric`, `weight_per_tensor` and `PATTERN=WxAy|float`. Raises `InputError`.
+        `weight_symmetric`, `activation_symmetric`, `weight_per_tensor`, `float_matmul`, `uniform_softmax`,
+        `uniform_gelu` and `PATTERN=WxAy|float`. Raises `InputError`.
 
         It holds that `parse(str(s)) == s`.
         """
@@ -113,7 +128,8 @@ class Scheme:
         for part in rest:
             key, equals, value = (piece.strip() for piece in part.partition("="))
             if key in _FLAGS and not equals:
-                options["weight_per_channel" if key == "weight_per_tensor" else key] = key != "weight_per_tensor"
+                name, on = _FLAGS[key]
+                options[name] = on
             elif key in _BITS_OPTIONS and re.fullmatch(r"\d+|none", value.lower()):
                 options[_BITS_OPTIONS[key]] = None if value.lower() == "none" else int(value)
             elif key in _BITS_OPTIONS or not equals:
@@ -131,8 +147,7 @@ class Scheme:
             parts.append(f"first_last={self.first_last_bits or 'none'}")
         if self.image_bits is not None:
             parts.append(f"image={self.image_bits}")
-        shown = (self.weight_symmetric, self.activation_symmetric, not self.weight_per_channel)
-        parts += [flag for flag, on in zip(_FLAGS, shown, strict=True) if on]
+        parts += [flag for flag, (name, value) in _FLAGS.items() if getattr(self, name) is value]
         parts += [f"{pattern}={bits}" for pattern, bits in self.overrides]
         return ",".join(parts)
 
@@ -163,7 +178,11 @@ class Scheme:
                 bits = LayerBits.parse(text)
         return LayerBits(bits.weight_bits, self.image_bits) if position == "first" else bits
 
+    def product(self, name: str) -> int | None:
+        """The bits of both operands of the product of activations `name`."""
+        return self.layer(name, "inner").activation_bits if self.quantize_matmul else None
+
     def unmatched(self, names: Iterable[str]) -> list[str]:
-        """The override patterns that none of the layer names matches."""
+        """The override patterns that none of the names of layers and products matches."""
         names = list(names)
         return [pattern for pattern, _ in self.overrides if not any(fnmatchcase(name, pattern) for name in names)]

@@ -34,7 +34,17 @@ PLACES = {
         *("blocks_0_act", "mean", "relu", "mul", "add"),
         *("blocks_1_act", "mean_1", "relu_1", "mul_1", "drop"),
     ],
-    "transformer": ["norm1", "matmul_1", "norm2", "mlp_1", "getitem_4"],
+    "transformer": [
+        "norm1",
+        "getitem_1",
+        "transpose_1",
+        "softmax",
+        "getitem_3",
+        "matmul_1",
+        "norm2",
+        "mlp_1",
+        "getitem_4",
+    ],
     "plain": ["_3", "_8"],
 }
 
@@ -122,6 +132,12 @@ def test_the_stream_of_a_preactivation_net_stays_float() -> None:
     stream = [node for node in model.graph.nodes if node.name in ("conv1", "add", "add_1")]
     assert len(stream) == 3
     assert not any("quantizer" in user.name for node in stream for user in node.users)
+
+
+def test_grids_of_layer_norms_clip_less() -> None:
+    grids = activation_quantizers(convert(make("transformer"), "W4A4"))
+    assert [name for name, grid in grids.items() if grid.p == 3] == ["after_norm1", "after_norm2"]
+    assert {grid.p for grid in activation_quantizers(convert(make("cifar"), "W4A4")).values()} == {2.4}
 
 
 def test_layer_types_and_training_flags() -> None:

@@ -47,7 +47,7 @@ def random_conv(rng: random.Random) -> tuple[QuantConv2d, tuple[int, ...]]:
 @pytest.mark.parametrize("exact", [2**24, 2**13, 2**9], ids=["one sum", "pieces", "float64"])
 @pytest.mark.parametrize("seed", range(25))
 def test_convolution_is_exact(seed: int, exact: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(integer, "_EXACT", exact)
+    monkeypatch.setattr(integer, "EXACT", exact)
     rng = draw(seed)
     layer, shape = random_conv(rng)
     x, codes, scale = random_grid_input(shape, rng.randint(2, 8), 10 ** rng.uniform(-4, 1))
@@ -59,7 +59,7 @@ def test_convolution_is_exact(seed: int, exact: int, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("exact", [2**24, 2**13, 2**9], ids=["one sum", "pieces", "float64"])
 @pytest.mark.parametrize("shape", [(4, 20), (0, 20), (20,), (2, 3, 20), (2, 0, 20)])
 def test_linear_is_exact(shape: tuple[int, ...], exact: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(integer, "_EXACT", exact)
+    monkeypatch.setattr(integer, "EXACT", exact)
     rng = draw(len(shape))
     for bits in range(2, 9):
         layer = QuantLinear(20, 7, bias=bits % 2 == 0, weight_quantizer=Quantizer(bits, bits == 5, 0))

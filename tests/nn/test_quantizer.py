@@ -40,6 +40,17 @@ def test_calibrated_is_fake_quantize(axis: int | None, symmetric: bool, search: 
     assert torch.equal(quantizer(expected), expected)
 
 
+def test_a_larger_p_clips_less() -> None:
+    x = torch.cat([torch.randn(5000, generator=torch.Generator().manual_seed(0)), torch.tensor([20.0])])
+    scales = []
+    for p in (2.0, 3.0, 6.0):
+        quantizer = Quantizer(4, p=p)
+        quantizer.calibrate(x)
+        scales.append(float(quantizer.scale))
+    assert scales == sorted(scales)
+    assert scales[0] < scales[-1]
+
+
 def test_a_state_makes_a_grid() -> None:
     source = calibrated(axis=0)
     target = Quantizer(4, axis=0)

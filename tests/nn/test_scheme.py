@@ -28,6 +28,9 @@ OVERRIDES = st.lists(
         first_last_bits=BITS,
         overrides=OVERRIDES.map(tuple),
         image_bits=BITS,
+        quantize_matmul=st.booleans(),
+        twin_softmax=st.booleans(),
+        twin_gelu=st.booleans(),
     )
 )
 def test_names_and_dicts_round_trip(scheme: Scheme) -> None:
@@ -49,6 +52,11 @@ def test_names_and_dicts_round_trip(scheme: Scheme) -> None:
             "W4A4,weight_per_tensor,weight_symmetric",
             Scheme(4, 4, weight_symmetric=True, weight_per_channel=False),
             "W4A4,weight_symmetric,weight_per_tensor",
+        ),
+        (
+            "W6A6,uniform_gelu,float_matmul,uniform_softmax",
+            Scheme(6, 6, quantize_matmul=False, twin_softmax=False, twin_gelu=False),
+            "W6A6,float_matmul,uniform_softmax,uniform_gelu",
         ),
         (
             "W4A4,layer3.*=w8a8,fc=W32A32",
@@ -86,6 +94,21 @@ def test_presets_are_names() -> None:
 )
 def test_bits_of_a_layer(scheme: str, layer: str, position: str, bits: tuple) -> None:
     assert Scheme.parse(scheme).layer(layer, position) == LayerBits(*bits)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bits"),
+    [
+        ("W4A6", 6),
+        ("W4A32", None),
+        ("W4A6,a.*=W2A3", 3),
+        ("W4A6,a.matmul=float", None),
+        ("W4A6,float_matmul", None),
+        ("W4A6,float_matmul,a.*=W2A3", None),
+    ],
+)
+def test_bits_of_a_product(scheme: str, bits: int | None) -> None:
+    assert Scheme.parse(scheme).product("a.matmul") == bits
 
 
 @pytest.mark.parametrize(

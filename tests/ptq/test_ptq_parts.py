@@ -32,6 +32,15 @@ def test_centring_takes_the_mean_of_each_channel_or_of_the_tensor() -> None:
         assert torch.equal(model.linear.weight, before.linear.weight)
 
 
+def test_compensated_centring_keeps_the_function() -> None:
+    model, x = convert(net(), "W4A4"), images()
+    names = centre(model, "compensated")
+    assert names
+    assert all(model.get_submodule(name).weight.mean((1, 2, 3)).abs().max() < 1e-7 for name in names)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), net()(x), rtol=1e-4, atol=1e-5)
+
+
 def test_centring_leaves_depthwise_layers_and_layers_without_a_norm_alone() -> None:
     mobilenet = centre(convert(net("mobilenet"), "W4A4"), "channel")
     assert mobilenet == ["conv1.1", *(f"blocks.{index}.1.0" for index in range(13))]

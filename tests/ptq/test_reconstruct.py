@@ -229,3 +229,19 @@ def test_progress_reaches_the_end() -> None:
     units = [step for step in seen if "loss" in step[2]]
     assert [(done, total) for done, total, _ in units][-1] == (125, 125)
     assert [done for done, _, _ in units] == sorted(done for done, _, _ in units)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["qdrop", "ttaq"])
+def test_replayed_steps_are_the_steps(method: str) -> None:
+    """Inputs that lie on the GPU are trained on through a CUDA graph, inputs on disk step by step."""
+
+    def trained(cache_mb: float) -> QuantizedModel:
+        settings = {"iterations": 40, "batch_size": 8, "perturbation": 1.0}
+        return quantize(net().cuda(), images(), "W2A4", method, preset="fast", settings=settings, cache_mb=cache_mb)
+
+    captured, eager = (quantized_layers(trained(cache_mb)) for cache_mb in (100, 0))
+    for name, layer in captured.items():
+        same_codes = (layer.weight - eager[name].weight).abs() < 1e-6
+        assert same_codes.float().mean() > 0.98, name

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from ttaq.errors import CheckpointError, InputError
 from ttaq.io.container import read, read_tensors, write
 from ttaq.models import build, infer_kwargs
-from ttaq.nn import convert
+from ttaq.nn import QuantizedModel, QuantMatmul, TwinQuantizer, convert
 from ttaq.nn.hash_tensors import hash_tensors
 from ttaq.scheme import Scheme
 
@@ -93,7 +94,7 @@ def load_model(path: str | os.PathLike[str], model: nn.Module | None = None) -> 
     result.eval()
     if scheme is not None:
         try:
-            result = convert(result, Scheme.from_dict(scheme)).eval()
+            result = _converted(result, scheme).eval()
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"load_model: {path} has a scheme that this ttaq cannot apply: {error}") from error
     _take_dtypes(result, tensors)
@@ -117,6 +118,18 @@ def build_with(name: str, tensors: Mapping[str, Tensor], what: str, **kwargs: An
     model = _build_quietly(name, **{**infer_kwargs(name, tensors), **kwargs})
     _load_strictly(model, tensors, what)
     return model.eval()
+
+
+def _converted(model: nn.Module, fields: Mapping[str, Any]) -> QuantizedModel:
+    """The model on the scheme with these fields."""
+    scheme = Scheme.from_dict(fields)
+    converted = convert(model, scheme)
+    if "quantize_matmul" not in fields and any(
+        isinstance(m, (QuantMatmul, TwinQuantizer)) for m in converted.modules()
+    ):
+        # Files from before there were such: products were float, and all grids uniform.
+        return convert(model, replace(scheme, quantize_matmul=False, twin_softmax=False, twin_gelu=False))
+    return converted
 
 
 def _build_quietly(name: str, **kwargs: Any) -> nn.Module:

@@ -6,17 +6,21 @@ from ttaq.nn.conv import QuantConv2d
 from ttaq.nn.convert import convert
 from ttaq.nn.graph_model import QuantizedModel, activation_quantizers, quantized_layers
 from ttaq.nn.linear import QuantLinear
+from ttaq.nn.matmul import QuantMatmul
 from ttaq.nn.quantizer import Quantizer
 from ttaq.nn.report import LayerReport, Report
+from ttaq.nn.twin import TwinQuantizer
 
 __all__ = [
     "AdaptiveBatchNorm2d",
     "LayerReport",
     "QuantConv2d",
     "QuantLinear",
+    "QuantMatmul",
     "QuantizedModel",
     "Quantizer",
     "Report",
+    "TwinQuantizer",
     "activation_quantizers",
     "adapt_norms",
     "convert",

@@ -5,7 +5,8 @@
 
 In float32 the sum is exact, in any order, while `sum_k |q_w - zero_point_w| * max |q_a - zero_point_a|` stays below
 2^24. Where it does not, the sum over k is cut into pieces that do, and these are added in float64: that costs little, a
-float64 convolution five times the time. So `y` has the bits that integer arithmetic gives.
+float64 convolution five times the time. Inputs of more than 8 bits (twin grids) are cut into two digits first. So `y`
+has the bits that integer arithmetic gives.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 
 from ttaq.nn.quantizer import Quantizer
 
-__all__ = ["IntegerLayer", "Product", "WeightCodes"]
+__all__ = ["EXACT", "Digits", "IntegerLayer", "Product", "WeightCodes"]
 
-_EXACT = 2**24  # float32 holds every integer up to here
+EXACT = 2**24  # float32 holds every integer up to here
 _MOST_PIECES = 16
+_WIDEST_CODE = 255  # of 8 bits: integers beyond it are summed as two digits
 
 
 class Product(Protocol):
@@ -41,16 +43,36 @@ class Product(Protocol):
         """A vector [C_out] or [1], shaped to broadcast over a product."""
 
 
+class Digits(NamedTuple):
+    """Integers x as `high * base + low`. limit: the largest |high| and |low|."""
+
+    base: int
+    limit: int
+
+    @classmethod
+    def of(cls, largest: int) -> Digits:
+        """The digits of integers up to `largest`."""
+        base = 1 << (largest.bit_length() // 2)
+        return cls(base, max((largest + base // 2) // base, base // 2))
+
+    def sum(self, x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+        """fp32(product(x)) of a linear `product` that is exact for each digit."""
+        high = (x * (1 / self.base)).round_()
+        return product(high).double().mul_(self.base).add_(product(x - high * self.base)).float()
+
+
 class WeightCodes(NamedTuple):
     """A weight as integers, and how to sum exactly with it.
 
     codes: q - zero_point in fp32, the shape of the weight. scale: fp32, [C_out] or [1].
-    piece: how many inputs can be summed exactly in float32; 0 to sum in float64.
+    piece: how many inputs can be summed exactly in float32; 0 to sum in float64. digits: of the inputs, where these are
+    summed one digit after the other.
     """
 
     codes: Tensor
     scale: Tensor
     piece: int
+    digits: Digits | None = None
 
     @classmethod
     def of(cls, weight: Tensor, quantizer: Quantizer, input_limit: int, groups: int) -> WeightCodes:
@@ -59,12 +81,14 @@ class WeightCodes(NamedTuple):
             raise RuntimeError("WeightCodes: the weight has no scale, calibrate it first")
         codes = (quantizer(weight.float()) / _per_row(quantizer.scale, weight)).round_()
         inputs = codes.shape[1]
+        digits = Digits.of(input_limit) if input_limit > _WIDEST_CODE else None
+        limit = input_limit if digits is None else digits.limit
         load = codes.abs().reshape(*codes.shape[:2], -1).sum(2)
         # With groups a piece would have to take some inputs of every group: these sums are short anyway.
         for pieces in range(1, 1 + min(inputs, _MOST_PIECES if groups == 1 else 1)):
             piece = -(-inputs // pieces)
-            if all(float(part.sum(1).amax()) * input_limit < _EXACT for part in torch.split(load, piece, 1)):
-                return cls(codes, quantizer.scale, piece)
+            if all(float(part.sum(1).amax()) * limit < EXACT for part in torch.split(load, piece, 1)):
+                return cls(codes, quantizer.scale, piece, digits)
         return cls(codes, quantizer.scale, 0)
 
     def dequantized(self) -> Tensor:
@@ -74,13 +98,19 @@ class WeightCodes(NamedTuple):
         """fp32(acc) for an x of integers."""
         if self.piece == 0:
             return product(x.double(), self.codes.double()).float()
+        if self.digits is not None:
+            return self.digits.sum(x, lambda digit: self._pieces(digit, product))
+        return self._pieces(x, product).float()
+
+    def _pieces(self, x: Tensor, product: Product) -> Tensor:
+        """acc, in float32 or in float64."""
         if self.piece >= self.codes.shape[1]:
             return product(x, self.codes)
         first, *others = map(product, *(torch.split(tensor, self.piece, 1) for tensor in (x, self.codes)))
         acc = first.double()
         for other in others:
             acc += other
-        return acc.float()
+        return acc
 
 
 def _per_row(scale: Tensor, weight: Tensor) -> Tensor:
@@ -143,7 +173,7 @@ class _Cache:
 class IntegerLayer(nn.Module):
     """A layer with a weight on a grid. Subclasses mix it in front of the float layer that they replace.
 
-    input_limit: the largest |q - zero_point| of the inputs that will come, 255 for 8 bits.
+    input_limit: the largest |q - zero_point| of the inputs that will come, 255 for 8 bits, more on twin grids.
     The codes of the weight are computed when the layer first runs, and again after the weight or its grid changed.
     Writing through `weight.data` escapes notice, as it does in autograd; write under `torch.no_grad()`. A state_dict
     with a weight but without its grid makes the layer uncalibrated.
@@ -188,11 +218,18 @@ class IntegerLayer(nn.Module):
         learns = self.weight.requires_grad and torch.is_grad_enabled()
         weight_hat = self.weight_quantizer(self.weight.float()) if learns else None
         with torch.autocast(x.device.type, enabled=False):
-            codes = self.weight_codes(product.groups)
-            y: Tensor = _IntegerProduct.apply(x, weight_hat, input_scale, codes, product)  # type: ignore[no-untyped-call]
+            y = self.exact_product(x, input_scale, self.weight_codes(product.groups), product, weight_hat)
             if self.bias is not None:
                 y = y.add_(product.per_output(self.bias.float()))
             return y.to(x.dtype)
+
+    @staticmethod
+    def exact_product(
+        x: Tensor, input_scale: Tensor, codes: WeightCodes, product: Product, weight_hat: Tensor | None = None
+    ) -> Tensor:
+        """fp32(acc) * (scale_w * scale_a) for `x` on the grid `k * input_scale`, with the gradients of the product."""
+        y: Tensor = _IntegerProduct.apply(x, weight_hat, input_scale, codes, product)  # type: ignore[no-untyped-call]
+        return y
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         if f"{prefix}weight" in state_dict and f"{prefix}weight_quantizer.scale" not in state_dict:

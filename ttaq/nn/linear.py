@@ -97,7 +97,8 @@ class QuantLinear(IntegerLayer, nn.Linear):  # type: ignore[misc]
     def pack(self) -> Self:
         """Keep the codes of the weight instead of the weight; returns the layer.
 
-        Raises `InputError` if the weight is not calibrated, has NaN or infinite values, or has a grid of another axis.
+        Raises `InputError` if the weight is not calibrated, has NaN or infinite values, or has a grid of another axis,
+        and for inputs from a twin grid, whose integers are wider than the kernels read.
         """
         quantizer = self.weight_quantizer
         if self.is_packed:
@@ -110,6 +111,11 @@ class QuantLinear(IntegerLayer, nn.Linear):  # type: ignore[misc]
             raise InputError(
                 f"QuantLinear.pack: the grid of the weight has {quantizer.scale.numel()} scales, expected 1 or "
                 f"{self.out_features}, one per output; calibrate it with axis=0 or axis=None"
+            )
+        if self.input_limit > 255:
+            raise InputError(
+                f"QuantLinear.pack: the inputs have integers up to {self.input_limit}, expected at most 255, what 8 "
+                f"bits hold: a twin grid; quantize with the flag uniform_gelu or uniform_softmax, or leave it unpacked"
             )
         if not bool(self.weight.isfinite().all()):
             raise InputError(

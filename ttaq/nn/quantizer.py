@@ -18,7 +18,8 @@ class Quantizer(nn.Module):
     """Rounds a tensor to `(q - zero_point) * scale`, q = qmin, ..., qmax (`ttaq_kernels.fake_quantize`).
 
     bits: 2 to 8. symmetric: codes -2^(bits-1) to 2^(bits-1) - 1 and zero point 0, else 0 to 2^bits - 1.
-    axis: the dimension with a scale per index, None for one scale.
+    axis: the dimension with a scale per index, None for one scale. p: the grid with the smallest mean |x - x_hat|^p is
+    the one that `calibrate` finds; a larger one clips less.
 
     State: `scale` (fp32) and `zero_point` (int32), shape [1] or [x.shape[axis]]; None and absent from the state_dict
     until `calibrate`, `set_grid` or `load_state_dict` sets them. Until then the module returns its input. The scale
@@ -35,11 +36,12 @@ class Quantizer(nn.Module):
         symmetric: bool = False,
         axis: int | None = None,
         device: torch.device | str | None = None,
+        p: float = 2.4,
     ) -> None:
         super().__init__()
         if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
             raise InputError(f"Quantizer: bits is {bits!r}, expected 2 to 8")
-        self.bits, self.symmetric, self.axis = bits, symmetric, axis
+        self.bits, self.symmetric, self.axis, self.p = bits, symmetric, axis, p
         self.register_buffer("scale", None)
         self.register_buffer("zero_point", None)
         # Tells where the model is while there is no other tensor that could.
@@ -64,12 +66,12 @@ class Quantizer(nn.Module):
         self.scale = None if scale is None else scale.detach().to(device, torch.float32, copy=True)
         self.zero_point = None if zero_point is None else zero_point.detach().to(device, torch.int32, copy=True)
 
-    def calibrate(self, x: Tensor, *, search: str = "mse", p: float = 2.4, candidates: int = 100) -> None:
+    def calibrate(self, x: Tensor, *, search: str = "mse", candidates: int = 100) -> None:
         """Set the grid that fits `x` best (`ttaq_kernels.search_scale`)."""
         # Tensors made in inference mode could never take part in a backward pass.
         with torch.inference_mode(False), torch.no_grad():
             grid = search_scale(
-                x, self.bits, symmetric=self.symmetric, axis=self.axis, p=p, candidates=candidates, search=search
+                x, self.bits, symmetric=self.symmetric, axis=self.axis, p=self.p, candidates=candidates, search=search
             )
             self.set_grid(*grid)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +14,14 @@ from torch.nn.modules.batchnorm import _NormBase
 from ttaq.nn.batch_norm import AdaptiveBatchNorm2d
 from ttaq.nn.integer import IntegerLayer
 from ttaq.nn.quantizer import Quantizer
-from ttaq.nn.trace import LayerCall
+from ttaq.nn.trace import PRODUCTS, LayerCall
 
 __all__ = ["LayerReport", "Report", "describe"]
 
 # What works like a layer without being a module.
 _FLOAT_CALLS: set[Callable[..., Any] | str] = {
     torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose2d, functional.linear, functional.batch_norm,
-    functional.group_norm, functional.layer_norm, functional.scaled_dot_product_attention, torch.matmul, torch.bmm,
-    operator.matmul, "matmul", "bmm",
+    functional.group_norm, functional.layer_norm, functional.scaled_dot_product_attention, *PRODUCTS,
 }  # fmt: skip
 
 
@@ -54,16 +52,19 @@ class Report(tuple[LayerReport, ...]):
 
 
 def describe(model: nn.Module, graph: fx.Graph, calls: list[LayerCall], quantizers: nn.Module) -> Report:
-    """The report of a graph whose layers are replaced; `quantizers`: the parent of those that `calls` name."""
-    rows: dict[str, LayerReport] = {}
+    """The report of a graph whose layers and products are replaced; `quantizers`: the parent of those that `calls`
+    name."""
+    rows: dict[object, LayerReport] = {}
     by_layer: dict[str, list[LayerCall]] = {}
+    products = {call.node: call.layer for call in calls if call.operand is not None}
     for call in calls:
         by_layer.setdefault(call.layer, []).append(call)
     for node in graph.nodes:
         name = str(node.target)
         if node.op in ("call_function", "call_method") and node.target in _FLOAT_CALLS:
             kind = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", name)
-            rows[node.name] = LayerReport(node.name, kind, None, None, "stays float: a call, not a layer")
+            called = products.get(node, node.name)
+            rows[node] = LayerReport(called, kind, None, None, "stays float: a call, not a layer")
         elif node.op == "call_module" and name not in rows:
             module = model.get_submodule(name)
             kind = type(module).__name__

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -13,7 +17,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from ttaq.errors import InputError
 from ttaq.scheme import Position
 
-__all__ = ["LayerCall", "is_covered", "layer_calls", "trace"]
+__all__ = ["PRODUCTS", "LayerCall", "is_covered", "layer_calls", "product_calls", "trace"]
+
+PRODUCTS: set[Callable[..., Any] | str] = {torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm"}
 
 
 class _Tracer(fx.Tracer):
@@ -56,17 +62,21 @@ def trace(model: nn.Module, who: str) -> fx.Graph:
 
 @dataclass
 class LayerCall:
-    """One use, in a graph, of a layer that can be quantized. quantizer: the name of the one its input got."""
+    """One use, in a graph, of a layer that can be quantized, or one operand of a product of activations.
+
+    quantizer: the name of the one that its input got. operand: of a product, its place in the arguments.
+    """
 
     node: fx.Node
     layer: str
     position: Position
     quantizer: str | None = None
+    operand: int | None = None
 
     @property
     def source(self) -> fx.Node:
         """The tensor that the layer reads."""
-        source = self.node.args[0] if self.node.args else self.node.kwargs["input"]
+        source = self.node.args[self.operand or 0] if self.node.args else self.node.kwargs["input"]
         if not isinstance(source, fx.Node):
             raise InputError(f"convert: layer {self.layer} reads {source!r}, expected a tensor computed by the model")
         return source
@@ -103,3 +113,52 @@ def layer_calls(model: nn.Module, graph: fx.Graph) -> list[LayerCall]:
         position: Position = "first" if node not in has_before else "inner" if node in has_after else "last"
         calls.append(LayerCall(node, str(node.target), position))
     return calls
+
+
+def product_calls(model: nn.Module, graph: fx.Graph) -> list[LayerCall]:
+    """The operands, two by two, of the matrix products of tensors that the graph computes, as in attention.
+
+    A product has the name of the module whose forward calls it, then `matmul`, and in the same module then `matmul_1`,
+    ...: `blocks.0.attn.matmul`. The calls get both tensors as positional arguments.
+    """
+    calls = []
+    made: set[str] = set()
+    for node in graph.nodes:
+        if node.op not in ("call_function", "call_method") or node.target not in PRODUCTS:
+            continue
+        operands = (*node.args, *(node.kwargs[key] for key in ("input", "other", "mat2") if key in node.kwargs))
+        if (
+            len(operands) != 2
+            or "out" in node.kwargs
+            or not all(isinstance(o, fx.Node) and _is_computed(o) for o in operands)
+        ):
+            continue
+        stack = node.meta.get("nn_module_stack") or {}
+        path = next(reversed([place for place, _ in stack.values()]), "")
+        name = _free_name(model, path, made)
+        made.add(name)
+        node.args, node.kwargs = operands, {}
+        calls += [LayerCall(node, name, "inner", operand=operand) for operand in (0, 1)]
+    return calls
+
+
+def _is_computed(node: fx.Node) -> bool:
+    """Whether a tensor depends on the input of the model."""
+    before, seen = [node], set()
+    while before:
+        node = before.pop()
+        if node.op == "placeholder":
+            return True
+        before += [source for source in node.all_input_nodes if source not in seen]
+        seen.add(node)
+    return False
+
+
+def _free_name(model: nn.Module, path: str, taken: set[str]) -> str:
+    parent, count = model.get_submodule(path), 0
+    while True:
+        own = f"matmul_{count}" if count else "matmul"
+        name = f"{path}.{own}" if path else own
+        if name not in taken and not hasattr(parent, own):
+            return name
+        count += 1

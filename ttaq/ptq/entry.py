@@ -113,6 +113,7 @@ def quantize(
         teacher = copy.deepcopy(quantized)
         if training is not None and training.centring != "off":
             centre(quantized, training.centring)
+        if training is not None and training.centring in ("channel", "tensor"):
             device = next(quantized.parameters()).device
             estimate_statistics(quantized, (images[place].to(device) for place in chunks(len(images))))
         by_batch = training is not None and training.norm_statistics == "batch"

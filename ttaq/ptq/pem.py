@@ -1,11 +1,12 @@
 """PEM: weights without a mean, so that a shift common to the inputs of a layer does not reach its output.
 
     w' = w - mean(w)        over each output channel (SymReg, arXiv 2208.00338), or over the whole tensor
+    y  = conv(w', x) + mean(w) window(x)        "compensated": window(x) sums the input over the kernel window
 
 TTAQ (arXiv 2412.09899, section 3.2) normalises the weights before they are quantized: a noise of the input with mean m
 enters the output as n m mean(w_hat), which is 0 then. Its scale part changes nothing under a batch norm and is left
-out. The function of the model changes, by mean(w) times the sum of the input over the kernel window; batch statistics
-and reconstruction have to make up for it.
+out. The function of the model changes by mean(w) window(x), which batch statistics and reconstruction have to make up
+for; compensated it stays what it was, and what is gained is a grid of the weights that need not hold zero.
 
 Only dense convolutions directly in front of a batch norm are centred: a depthwise kernel would lose its whole response,
 and elsewhere nothing takes the shift away. A kernel that is nearly constant (deviation below 1 % of the layer's median)
@@ -15,7 +16,6 @@ is left alone: what little it does is done by its mean.
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from ttaq.nn import AdaptiveBatchNorm2d, QuantConv2d, QuantizedModel
 
@@ -23,7 +23,8 @@ __all__ = ["centre"]
 
 
 def centre(model: QuantizedModel, how: str) -> list[str]:
-    """Centre the weights of `model` in place, per "channel" or per "tensor"; returns the names of the layers."""
+    """Centre the weights of `model` in place, per "channel", per "tensor" or "compensated"; returns the names of the
+    layers."""
     modules = dict(model.named_modules())
     centred = []
     for node in model.graph.nodes:
@@ -38,9 +39,12 @@ def centre(model: QuantizedModel, how: str) -> list[str]:
     return centred
 
 
-def _centre(layer: nn.Conv2d, how: str) -> None:
+def _centre(layer: QuantConv2d, how: str) -> None:
     rows = layer.weight.flatten(1)
-    means = rows.mean(1) if how == "channel" else rows.mean().expand(len(rows))
+    means = rows.mean().expand(len(rows)) if how == "tensor" else rows.mean(1)
     deviations = rows.std(1)
     alive = deviations > 0.01 * deviations.median()
-    layer.weight.sub_(torch.where(alive, means, 0).view(-1, 1, 1, 1))
+    means = torch.where(alive, means, 0)
+    layer.weight.sub_(means.view(-1, 1, 1, 1))
+    if how == "compensated":
+        layer.weight_offset = means

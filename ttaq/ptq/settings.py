@@ -12,7 +12,7 @@ __all__ = ["PRESETS", "Reconstruction"]
 
 Statistics = Literal["source", "batch"]
 Perturbation = Literal["gaussian", "step", "mix"]
-Centring = Literal["off", "channel", "tensor"]
+Centring = Literal["off", "channel", "tensor", "compensated"]
 
 # `fast` decides in 400 steps what 20,000 small ones decide: larger steps, and a stronger pull to 0 or 1.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -41,8 +41,8 @@ class Reconstruction:
         "mix" the input with drop. temperature: of all these predictions.
     correction: how far distribution correction may move the float inputs (PD-Quant's lamb_c, 0.02 for ResNets;
         `correction`), with source statistics only; 0 is off.
-    centring: "off", "channel" or "tensor": whose mean is taken out of the weights first (`pem`). mean_penalty: weight
-        of the squared mean of each output channel's rounded weights, the soft form of the same.
+    centring: "off", "channel", "tensor" or "compensated": whose mean is taken out of the weights first (`pem`).
+        mean_penalty: weight of the squared mean of each output channel's rounded weights, the soft form of the same.
     """
 
     single_layers: bool = False

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Container
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from ttaq.nn import QuantConv2d, QuantizedModel, Quantizer, QuantLinear
+from ttaq.nn import QuantConv2d, QuantizedModel, Quantizer, QuantLinear, QuantMatmul, TwinQuantizer
 from ttaq.nn.graph_model import ACTIVATIONS
 from ttaq.nn.integer import IntegerLayer
 from ttaq.ptq.units import Unit
@@ -24,8 +24,9 @@ def unit_module(model: QuantizedModel, unit: Unit) -> fx.GraphModule:
     return fx.GraphModule(model, _graph(unit, (unit.output,)))
 
 
-def _graph(unit: Unit, outputs: tuple[fx.Node, ...], trained: Container[str] = ()) -> fx.Graph:
-    """What makes `outputs`; the layers `trained` read their input alone, without its scale."""
+def _graph(unit: Unit, outputs: tuple[fx.Node, ...], alone: Mapping[str, int] | None = None) -> fx.Graph:
+    """What makes `outputs`. alone: how many tensors each of these modules reads; it gets them without their scales."""
+    alone = alone or {}
     needed = set(outputs)
     for node in reversed(unit.nodes):
         if node in needed:
@@ -39,8 +40,9 @@ def _graph(unit: Unit, outputs: tuple[fx.Node, ...], trained: Container[str] = (
         return copies[node]
 
     for node in unit.nodes:
-        if node in needed and node.target in trained and isinstance(node.args[0], fx.Node):
-            copies[node] = graph.call_module(str(node.target), (copy(node.args[0]),))
+        if node in needed and node.target in alone:
+            tensors = [copy(arg) for arg in node.args[: alone[str(node.target)]] if isinstance(arg, fx.Node)]
+            copies[node] = graph.call_module(str(node.target), tuple(tensors))
         elif node in needed:
             copies[node] = graph.node_copy(node, copy)
     results = tuple(copies[node] for node in outputs)
@@ -58,7 +60,7 @@ class _TrainedLayer(nn.Module):
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         if isinstance(self.layer, nn.Conv2d):
-            y: Tensor = self.layer._conv_forward(x, self.w_hat, self.layer.bias)
+            y: Tensor = self.layer._conv_forward(x, self.layer.moved(self.w_hat), self.layer.bias)
             return y
         return functional.linear(x, self.w_hat, self.layer.bias)
 
@@ -76,6 +78,8 @@ class _TrainedQuantizer(nn.Module):
         self.zero_point = zero_point
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.grid, TwinQuantizer) and self.grid.ratio is not None:
+            return self.grid.round(x, self.scale, self.zero_point, self.grid.ratio, self.keep_quantized, self.seed)
         return fake_quantize(
             x, self.scale, self.zero_point, self.grid.qmin, self.grid.qmax,
             keep_quantized=self.keep_quantized, seed=self.seed,
@@ -109,7 +113,11 @@ class Student:
         }
         self.ending = _ending(model, unit)
         outputs = (self.ending.h,) if self.ending.residual is None else (self.ending.h, self.ending.residual)
-        graph = _graph(unit, outputs, self.layers)
+        modules = {
+            str(node.target): model.get_submodule(str(node.target)) for node in unit.nodes if node.op == "call_module"
+        }
+        products = [name for name, module in modules.items() if isinstance(module, QuantMatmul)]
+        graph = _graph(unit, outputs, {**dict.fromkeys(self.layers, 1), **dict.fromkeys(products, 2)})
         self.module = fx.GraphModule(model, graph)
         called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
         for name, layer in self.layers.items():
@@ -195,7 +203,7 @@ def _ending(model: QuantizedModel, unit: Unit) -> _Ending:
         alone = isinstance(source, fx.Node) and source in own and len([u for u in source.users if u in own]) == 1
         return source if alone else None  # type: ignore[return-value]
 
-    if node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), Quantizer):
+    if node.op == "call_module" and type(model.get_submodule(str(node.target))) is Quantizer:
         source = before(node)
         if source is not None:
             quantizer, node = str(node.target).rsplit(".", 1)[-1], source
