@@ -12,7 +12,7 @@ _INTEGER = {80: _INTEGER_MMA, 89: _INTEGER_MMA, 90: r"wgmma\.mma_async\.sync\.al
 _FLOAT = {90: r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.(bf16\.bf16|f16\.f16)"}
 # Of the whole kernel. Without inline assembly symmetric codes take 56 PRMT and 85 LOP3, zero points 134 and 119.
 _UNPACKED = {"PRMT": 4, "LOP3": 72}
-_SUBTRACTED = {"PRMT": 8, "LOP3": 88}
+_SUBTRACTED = {"PRMT": 8, "LOP3": 100}
 
 
 def _packed_linear(
@@ -45,17 +45,17 @@ def _packed_linear(
 def _launches() -> list[Launch]:
     int8, bf16, fp16, fp32 = torch.int8, torch.bfloat16, torch.float16, torch.float32
     kinds = [
-        (2, False, int8, _VIT_FC1, bf16, 168, _UNPACKED),
-        (2, True, int8, _VIT_FC1, bf16, 168, _SUBTRACTED),
-        (4, False, int8, _VIT_FC1, bf16, 168, _UNPACKED),
-        (4, True, int8, _VIT_FC1, bf16, 168, _SUBTRACTED),
+        (2, False, int8, _VIT_FC1, bf16, 192, _UNPACKED),
+        (2, True, int8, _VIT_FC1, bf16, 192, _SUBTRACTED),
+        (4, False, int8, _VIT_FC1, bf16, 192, _UNPACKED),
+        (4, True, int8, _VIT_FC1, bf16, 192, _SUBTRACTED),
         (8, False, int8, _VIT_FC1, bf16, 255, _UNPACKED),
         (8, True, int8, _VIT_FC1, bf16, 255, {}),
-        (4, True, int8, _VIT_FC1, int8, 168, {}),
-        (4, True, int8, _RESNET_L1, bf16, 168, _SUBTRACTED),
+        (4, True, int8, _VIT_FC1, int8, 192, {}),
+        (4, True, int8, _RESNET_L1, bf16, 192, _SUBTRACTED),
         (8, True, int8, _ONE, fp32, 96, {}),
-        (4, False, int8, _HEAD, fp16, 168, _UNPACKED),
-        (4, True, fp16, _VIT_FC1, fp16, 168, {}),
+        (4, False, int8, _HEAD, fp16, 192, _UNPACKED),
+        (4, True, fp16, _VIT_FC1, fp16, 192, {}),
         (8, True, bf16, _VIT_FC1, bf16, 255, {}),
         (2, True, fp32, _HEAD, fp32, 128, {}),
     ]
