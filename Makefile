@@ -42,7 +42,7 @@ dist: $(VENV)/.dev
 
 # The kernels with the oldest Triton that is supported: compiled ahead of time, and interpreted.
 compat: $(OLDEST)/.dev
-	$(OLDEST)/bin/python -m pytest -m "aot or interpreter" -W "ignore:Conversion of an array:DeprecationWarning" tests/kernels
+	PYTEST_ADDOPTS='-W "ignore:Conversion of an array:DeprecationWarning"' $(OLDEST)/bin/python -m pytest -m "aot or interpreter" tests/kernels
 
 # Rewrites what the tests expect of the compiled kernels, for both versions of Triton. The difference is to be read.
 golden: $(VENV)/.dev $(OLDEST)/.dev
