@@ -89,6 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for path in parser.parse_args(arguments).rows:
             print("\n".join(report(path)))
+        networks = [errors[-1] for errors in ALEXNET.values()], list(RESNET50.values())
+        print(f"AlexNet with ResNet-50 at severity 5: {rank_correlation(*networks):+.2f}")
     except TtaqError as error:
         print(error, file=sys.stderr)
         return 1

@@ -21,6 +21,7 @@ from ttaq.errors import InputError
 from ttaq.nn import QuantizedModel, Quantizer
 from ttaq.ptq.caches import Budget, Rows, chunks
 from ttaq.ptq.correction import corrected
+from ttaq.ptq.observe import Progress
 from ttaq.ptq.settings import Reconstruction
 from ttaq.ptq.statistics import batch_statistics, estimate_statistics
 from ttaq.ptq.student import unit_module
@@ -28,9 +29,8 @@ from ttaq.ptq.train_unit import Lesson, train_unit
 from ttaq.ptq.unit_store import UnitStore
 from ttaq.ptq.units import Unit, find_units, layer_by_layer
 
-__all__ = ["UnitProgress", "reconstruct"]
+__all__ = ["reconstruct"]
 
-UnitProgress = Callable[[int, int, str], None]  # (steps done, steps in total, what)
 _REPORTS = 20  # steps between two calls of progress
 
 
@@ -43,7 +43,7 @@ def reconstruct(
     seed: int = 0,
     budget: Budget,
     store: UnitStore | None = None,
-    progress: UnitProgress | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Train the calibrated `model` to do what `teacher` does, in place.
 
@@ -136,7 +136,7 @@ def _last_grid(model: nn.Module, unit: Unit) -> Quantizer | None:
 
 
 def _reporter(
-    progress: UnitProgress | None, iterations: int, units: int, span: tuple[float, float], name: str
+    progress: Progress | None, iterations: int, units: int, span: tuple[float, float], name: str
 ) -> Callable[[int, Tensor], None]:
     """What tells the progress of a training that goes from unit span[0] to span[1] of `units`."""
 
