@@ -275,7 +275,12 @@ def test_a_stay_in_another_dtype_and_layout_ends_where_it_began(name: str, net: 
     first, *rest = stream()
     adapter(first), twin(first)
     state = adapter.double().state_dict()
-    moved = {key: v.dtype for part in ("adapted", "extra", "optimizer") for key, v in state[part].items()}
+    moved = {
+        key: v.dtype
+        for part in ("adapted", "extra", "optimizer")
+        for key, v in state[part].items()
+        if v.is_floating_point()  # counts stay whole numbers
+    }
     assert moved == {key: torch.float32 if key.endswith("/step") else torch.float64 for key in moved}
     adapter.to(memory_format=torch.channels_last).to(torch.float32)
     assert_same(adapter.state_dict(), twin.state_dict())

@@ -86,7 +86,30 @@ class Everything(Adapter):
         return logits
 
 
-TESTED: dict[str, Callable[..., Adapter]] = {**METHODS, "everything": Everything}
+# The small nets are sure of nothing: without these their images would all be left out.
+_ALL_RELIABLE = {"entropy_margin": 2.0, "redundancy": 2.0}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "eta": _ALL_RELIABLE,
+    "eata": _ALL_RELIABLE,
+    "rdumb": _ALL_RELIABLE,
+    "sar": {"entropy_margin": 2.0},
+}
+
+
+def _tested(name: str) -> Callable[..., Adapter]:
+    """The method; one that wants images of the source gets some, in the type of its model."""
+
+    def make(model: nn.Module, **options: Any) -> Adapter:
+        options = {**OPTIONS.get(name, {}), **options}
+        if METHODS[name].source_images and isinstance(model, nn.Module):
+            some = next(model.parameters(), torch.zeros(()))
+            options["source_images"] = torch.cat(stream(seed=98)).to(some.dtype)
+        return METHODS[name](model, **options)
+
+    return make
+
+
+TESTED: dict[str, Callable[..., Adapter]] = {**{name: _tested(name) for name in METHODS}, "everything": Everything}
 
 
 def assert_same(got: Any, expected: Any, place: str = "state") -> None:

@@ -5,28 +5,37 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
 from ttaq.errors import InputError
 from ttaq.tta.adapter import Adapter
+from ttaq.tta.eata import EATA
+from ttaq.tta.eta import ETA
 from ttaq.tta.norm import Norm
+from ttaq.tta.rdumb import RDumb
+from ttaq.tta.sar import SAR
 from ttaq.tta.source import Source
 from ttaq.tta.tent import Tent
 from ttaq.tta.window import SlidingWindow
 
-__all__ = ["METHODS", "Adapter", "Norm", "SlidingWindow", "Source", "Tent", "build"]
+__all__ = ["EATA", "ETA", "METHODS", "SAR", "Adapter", "Norm", "RDumb", "SlidingWindow", "Source", "Tent", "build"]
 
-METHODS: dict[str, type[Adapter]] = {method.method: method for method in (Source, Norm, Tent)}
+METHODS: dict[str, type[Adapter]] = {method.method: method for method in (Source, Norm, Tent, ETA, EATA, RDumb, SAR)}
 
 
-def build(name: str, model: nn.Module, **options: object) -> Adapter:
+def build(name: str, model: nn.Module, *, source_images: Tensor | None = None, **options: object) -> Adapter:
     """The method called `name` on `model`: `build("tent", model, lr=1e-3)` is `Tent(model, lr=1e-3)`.
+
+    source_images: [N, C, H, W] of the data that the model was trained on, for the methods whose `source_images` says
+    how many they want; the others ignore them.
 
     `InputError`, naming what there is, for an unknown method or option.
     """
     if name not in METHODS:
         raise InputError(f"build: unknown method {name!r}, expected one of {', '.join(sorted(METHODS))}")
     method: Callable[..., Adapter] = METHODS[name]
+    if METHODS[name].source_images:
+        options = {"source_images": source_images, **options}
     signature = inspect.signature(method)
     try:
         signature.bind(model, **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -29,15 +29,26 @@ class Adapter(nn.Module):
     be used raise `InputError` before anything changes; `check_finite` counts NaN and Inf among them, at the price of
     one host synchronisation per batch on a GPU. Without it a step never waits for the device.
 
-    A method is a subclass. Its `__init__` hands its options (values that JSON knows) to this class and, if it learns,
-    ends with `adapt`; its `step` computes the logits of a batch and learns through `update`. Whatever changes is one of
-    four things, which `reset`, `state_dict`, `.to()` and `copy.deepcopy` therefore cover by themselves: the adapted
-    parameters, the optimizer's state, the counters, and buffers that the method registers on itself before `adapt` and
-    changes in place (made outside inference mode, as here: `@torch.inference_mode(False)` on `__init__`). `step` gets x
-    detached, with gradients enabled; a forward of `self.model` alone changes nothing.
+    A method is a subclass. Its `__init__` hands its options (values that JSON knows) to this class and, if anything of
+    it changes, ends with `adapt`; its `step` computes the logits of a batch and learns through `update`; its `answer`
+    is what `step` would return, without learning. Whatever changes is one of four things, which `reset`, `state_dict`,
+    `.to()` and `copy.deepcopy` therefore cover by themselves: the adapted parameters, the optimizer's state, the
+    counters, and buffers that the method registers on itself before `adapt` and changes in place (made outside
+    inference mode, as here: `@torch.inference_mode(False)` on `__init__`). `step` gets x detached, with gradients
+    enabled; a forward of `self.model` alone changes nothing. Random numbers come from `generator`, whose seed is the
+    number of the batch, so that there is no state of theirs to keep.
+
+    waits: the step reads values of tensors on the host, which on a GPU waits for it; False wherever it can be.
+    source_images: how many images of the data that the model was trained on the method wants when it is built; a
+        method that wants some takes them as `source_images`.
+    tallies: names of what the method counts on the device, beside `updates`; see `tally`.
     """
 
     method: ClassVar[str]
+    source_images: ClassVar[int] = 0
+    waits: ClassVar[bool] = False
+    tallies: ClassVar[tuple[str, ...]] = ()
+    _tally: Tensor
 
     @torch.inference_mode(False)
     def __init__(self, model: nn.Module, *, options: Mapping[str, Any], check_finite: bool) -> None:
@@ -47,7 +58,8 @@ class Adapter(nn.Module):
         self.model = adapt_norms(copy.deepcopy(model)).eval().requires_grad_(False)
         self.options = dict(options)
         self.check_finite = check_finite
-        self.counters = {"batches": 0, "samples": 0, "updates": 0}
+        self._seen = {"batches": 0, "samples": 0}
+        self.register_buffer("_tally", torch.zeros(1 + len(self.tallies), dtype=torch.int64))
         self.optimizer: torch.optim.Optimizer | None = None
         self._adapted: dict[str, nn.Parameter] = {}
         self._initial: dict[str, dict[str, Tensor]] = {}
@@ -55,12 +67,16 @@ class Adapter(nn.Module):
         self._accepted: set[tuple[object, ...]] = set()
 
     @torch.inference_mode(False)
-    def adapt(self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    def adapt(
+        self, parameters: Mapping[str, nn.Parameter] | None = None, optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
         """Declare what the method learns: `parameters` of `self.model` by name, with `optimizer`. Ends `__init__`."""
+        parameters = parameters or {}
         for parameter in parameters.values():
             self._refuse_half(parameter.dtype)
         self._adapted, self.optimizer = dict(parameters), optimizer
-        zero_state(optimizer)
+        if optimizer is not None:
+            zero_state(optimizer)
         for parameter in self._adapted.values():
             parameter.requires_grad_(True)
         initial = {part: values for part, values in self._mutable().items() if part != "optimizer"}
@@ -70,8 +86,20 @@ class Adapter(nn.Module):
         """The method: the logits of the batch, and what it learns from it."""
         raise NotImplementedError
 
-    def update(self, loss: Tensor) -> None:
-        """One optimizer step on `loss`. Leaves no gradients behind, not even when it is interrupted."""
+    def answer(self, x: Tensor) -> Tensor:
+        """The logits that `step` would return, without learning; changes nothing."""
+        logits: Tensor = self.model(x)
+        return logits
+
+    def update(self, loss: Tensor, when: Tensor | None = None, start: Sequence[Tensor] | None = None) -> None:
+        """One optimizer step on `loss`, and a count of `updates`.
+
+        when: bool scalar; the step is left out, decided on the device, where it is false, as it is where a gradient is
+            not finite.
+        start: values that the adapted parameters take between the gradient and the step.
+
+        Leaves no gradients behind, not even when it is interrupted.
+        """
         if self.optimizer is None or not loss.requires_grad:
             raise InputError(
                 f"{self._who}: the loss does not depend on any adapted parameter; "
@@ -80,12 +108,61 @@ class Adapter(nn.Module):
         try:
             with torch.autocast(loss.device.type, enabled=False):
                 loss.backward()  # type: ignore[no-untyped-call]
-                self.optimizer.step()
+                if start is not None:
+                    self.put(start)
+                self._optimize(self.optimizer, when)
         finally:
             self.optimizer.zero_grad()
         # Autocast keeps its casts of trainable weights until the outermost block ends: possibly the whole stream.
         torch.clear_autocast_cache()
-        self.counters["updates"] += 1
+
+    @torch.no_grad()
+    def _optimize(self, optimizer: torch.optim.Optimizer, when: Tensor | None) -> None:
+        gradients = [p.grad for p in self._adapted.values() if p.grad is not None]
+        skip = gradients[0].new_zeros((), dtype=torch.float32)
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, skip, torch.ones_like(skip))
+        if when is not None:
+            skip = skip.maximum(1.0 - when.to(torch.float32))
+        # Where it is not 0 torch's fused optimizers leave parameters, moments and step counts as they are.
+        optimizer.found_inf = skip  # type: ignore[attr-defined]
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.found_inf  # type: ignore[attr-defined]
+        self.tally(updates=1 - skip)
+
+    @torch.no_grad()
+    def tally(self, **amounts: Tensor) -> None:
+        """Add to counters of this method that are kept on the device: `updates` and those of `tallies`."""
+        for name, amount in amounts.items():
+            self._tally[("updates", *self.tallies).index(name)] += amount.to(torch.int64)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """`batches` and `samples` that came, `updates` that were made, and what else the method counts. Waits."""
+        return {**self._seen, **dict(zip(("updates", *self.tallies), self._tally.tolist(), strict=True))}
+
+    @property
+    def source_values(self) -> list[Tensor]:
+        """What the adapted parameters were in the source model, in the order of `parameters_adapted`."""
+        return [self._initial["adapted"][name] for name in self._adapted]
+
+    @torch.no_grad()
+    def put(self, values: Sequence[Tensor]) -> None:
+        """Set the adapted parameters, in the order of `parameters_adapted`."""
+        torch._foreach_copy_([parameter.detach() for parameter in self._adapted.values()], list(values))
+
+    @torch.no_grad()
+    def restore(self, where: Tensor) -> None:
+        """Adapted parameters and optimizer back to the beginning if `where`, a bool scalar on the device, is true."""
+        for parameter, source in zip(self._adapted.values(), self.source_values, strict=True):
+            parameter.copy_(torch.where(where, source, parameter))
+        for value in self._mutable()["optimizer"].values():
+            value.copy_(torch.where(where, 0.0, value))
+
+    def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
+        """Random numbers of this batch and of no other: the same in `step`, in `answer` and after a resumption."""
+        return torch.Generator(device).manual_seed(self._seen["batches"])
 
     @torch.inference_mode(False)
     def forward(self, x: Tensor) -> Tensor:
@@ -93,16 +170,15 @@ class Adapter(nn.Module):
         x = self._check(x)
         with torch.enable_grad():
             logits = self.step(x).detach()
-        self.counters["batches"] += 1
-        self.counters["samples"] += len(x)
+        self._seen["batches"] += 1
+        self._seen["samples"] += len(x)
         return logits
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """Logits [B, classes] of the model as it is now. Nothing is learned and nothing is counted."""
-        logits: Tensor = self.model(self._check(x))
-        return logits
+        return self.answer(self._check(x)).detach()
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -114,7 +190,7 @@ class Adapter(nn.Module):
         if self.optimizer is not None:
             zero_state(self.optimizer)
         torch.clear_autocast_cache()
-        self.counters = dict.fromkeys(self.counters, 0)
+        self._seen = dict.fromkeys(self._seen, 0)
 
     def parameters_adapted(self) -> list[tuple[str, nn.Parameter]]:
         """The parameters that the method learns, with their names in the model."""
@@ -133,7 +209,7 @@ class Adapter(nn.Module):
                 f"{self._who}.state_dict: takes no arguments; save an adapter by itself, not with a parent"
             )
         copies = {part: {name: v.clone() for name, v in values.items()} for part, values in self._mutable().items()}
-        return {**self._identity(), "counters": dict(self.counters), **copies}
+        return {**self._identity(), "counters": dict(self._seen), **copies}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # type: ignore[override]
@@ -143,12 +219,12 @@ class Adapter(nn.Module):
         options or another source model.
         """
         mutable = self._mutable()
-        check_state(self._who, state, {**self._identity(), "counters": self.counters, **mutable})
+        check_state(self._who, state, {**self._identity(), "counters": self._seen, **mutable})
         for part, values in mutable.items():
             for name, value in values.items():
                 value.copy_(state[part][name])
         torch.clear_autocast_cache()
-        self.counters = dict(state["counters"])
+        self._seen = dict(state["counters"])
 
     def train(self, mode: bool = True) -> Self:
         """Sets the adapter's own flag only: how the model treats statistics and dropout is the method's business."""
