@@ -26,7 +26,7 @@ STAGES = {
 def arms(wanted: list[str], base: str) -> dict[str, dict[str, Any]]:
     """The settings of each arm that is named, by itself or by its section; `a+b` joins parts."""
     plan = tomllib.loads(PLAN.read_text())
-    single = {**plan["known"], **plan["mode"]}
+    single = {**plan["known"], **plan["components"], **plan["mode"]}
     found: dict[str, dict[str, Any]] = {}
     for name in wanted:
         for arm in plan.get(name, [name]):

@@ -22,7 +22,7 @@ ARROWS: dict[str, set[str]] = {
     "ttaq.io": {"ttaq.version", "ttaq.errors", "ttaq.scheme", "ttaq.nn", "ttaq.models"},
     "ttaq.convert_foreign": {"ttaq.errors", "ttaq.io", "ttaq.models"},
     "ttaq.ptq": {"ttaq.errors", "ttaq.scheme", "ttaq.nn", "ttaq.io", "ttaq_kernels"},
-    "ttaq.tta": {"ttaq.errors", "ttaq.nn", "ttaq_kernels"},
+    "ttaq.tta": {"ttaq.errors", "ttaq.data", "ttaq.nn", "ttaq_kernels"},
     "ttaq.eval": {
         "ttaq.version",
         "ttaq.errors",

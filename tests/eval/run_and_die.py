@@ -5,7 +5,6 @@ Usage: run_and_die.py ROWS. Prints how each child ended; the last one has to fin
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import sys
@@ -15,6 +14,7 @@ import torch
 from run_cases import OPTIONS, STREAM, small_model
 
 from ttaq.eval import Domains, RowFile, run
+from ttaq.eval.checkpoint import Checkpoint
 from ttaq.tta import Tent
 
 
@@ -67,8 +67,7 @@ def row_file(fd: int) -> bool:
 
 
 def before_the_state_is_removed() -> None:
-    # The name ttaq.eval.run is that of the function.
-    importlib.import_module("ttaq.eval.run")._forget = die
+    Checkpoint.forget = die  # type: ignore[method-assign, assignment]
 
 
 DEATHS = [

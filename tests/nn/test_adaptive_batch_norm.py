@@ -144,3 +144,98 @@ def test_bad_masks() -> None:
     layer.alpha = 1.0
     with pytest.raises(KernelError, match=r"sample_mask has shape \(5,\), expected \(4,\)"):
         layer(images(4))
+
+
+@pytest.mark.parametrize("mask", [None, torch.tensor([True, False, True, True, False])])
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
+def test_keeps_the_statistics_that_it_used(alpha: float, mask: Tensor | None) -> None:
+    layer = AdaptiveBatchNorm2d.from_float(source())
+    layer.alpha, layer.sample_mask = alpha, mask
+    x = images()
+    expected = layer(x)
+    assert layer.statistics is None
+    before = copy.deepcopy(layer.state_dict())
+    layer.keep_statistics = True
+    assert torch.equal(layer(x), expected)
+    mean, var = layer.statistics
+    used = x if mask is None else x[mask]
+    torch.testing.assert_close(mean, (1 - alpha) * layer.running_mean + alpha * used.mean((0, 2, 3)))
+    torch.testing.assert_close(var, (1 - alpha) * layer.running_var + alpha * used.var((0, 2, 3), correction=0))
+    assert not mean.requires_grad
+    assert not var.requires_grad
+    assert all(torch.equal(layer.state_dict()[key], value) for key, value in before.items())
+
+
+def test_statistics_to_keep_need_a_share_of_the_batch_and_running_statistics() -> None:
+    layer = AdaptiveBatchNorm2d.from_float(source())
+    layer.keep_statistics = True
+    with pytest.raises(InputError, match="keep_statistics needs statistics of the batch; set alpha or prior_n"):
+        layer(images())
+    layer = AdaptiveBatchNorm2d.from_float(source(track_running_stats=False))
+    layer.keep_statistics, layer.alpha = True, 1.0
+    with pytest.raises(InputError, match="keep_statistics needs running statistics"):
+        layer(images())
+
+
+def renormalising(moving_mean: list[float], moving_std: list[float], **options: object) -> AdaptiveBatchNorm2d:
+    layer = AdaptiveBatchNorm2d.from_float(source(**options))
+    layer.start_renormalising()
+    layer.moving_mean.copy_(torch.tensor(moving_mean))
+    layer.moving_std.copy_(torch.tensor(moving_std))
+    return layer
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_renormalises_values_with_the_moving_and_gradients_with_the_batch_statistics(affine: bool) -> None:
+    layer = renormalising([0.5, -1, 2], [0.7, 1.5, 3], affine=affine)
+    x, towards = images(), torch.randn(5, 3, 4, 5, generator=torch.Generator().manual_seed(2))
+    got_x = x.clone().requires_grad_()
+    got = layer(got_x)
+    (got * towards).sum().backward()
+
+    def column(vector: Tensor) -> Tensor:
+        return vector.double()[:, None, None]
+
+    want_x = x.double().requires_grad_()
+    weight, bias = (
+        (t.detach().double().requires_grad_() for t in (layer.weight, layer.bias)) if affine else (None, None)
+    )
+    mean = want_x.mean((0, 2, 3), keepdim=True)
+    std = (want_x.var((0, 2, 3), correction=0, keepdim=True) + layer.eps).sqrt()
+    moving_mean, moving_std = column(layer.moving_mean), column(layer.moving_std)
+    want = (want_x - mean) / std * (std / moving_std).detach() + ((mean - moving_mean) / moving_std).detach()
+    if affine:
+        want = want * weight[:, None, None] + bias[:, None, None]
+    (want * towards).sum().backward()
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got_x.grad.double(), want_x.grad, rtol=1e-4, atol=1e-5)
+    if affine:
+        torch.testing.assert_close(layer.weight.grad.double(), weight.grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.bias.grad.double(), bias.grad, rtol=1e-4, atol=1e-4)
+    kept_mean, kept_std = layer.statistics
+    torch.testing.assert_close(kept_mean.double(), mean.detach().flatten(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kept_std.double(), std.detach().flatten(), rtol=1e-5, atol=1e-5)
+
+
+def test_renormalising_begins_as_batch_statistics_channel_by_channel() -> None:
+    layer = renormalising([7, 7, 0], [0, 0, 2])
+    x = images()
+    got = layer(x)
+    reference = AdaptiveBatchNorm2d.from_float(source())
+    reference.alpha = 1.0
+    torch.testing.assert_close(got[:, :2], reference(x)[:, :2])
+    torch.testing.assert_close(got[:, 2], x[:, 2] / 2 * layer.weight[2] + layer.bias[2])
+
+
+def test_moving_statistics_move_with_the_layer_and_are_no_part_of_the_state() -> None:
+    layer = renormalising([1, 2, 3], [1, 2, 3])
+    assert list(layer.state_dict()) == list(source().state_dict())
+    assert copy.deepcopy(layer).double().moving_std.tolist() == [1, 2, 3]
+    assert layer.double().moving_mean.dtype == torch.float64
+
+
+def test_renormalising_takes_all_images() -> None:
+    layer = renormalising([1, 2, 3], [1, 2, 3])
+    layer.sample_mask = torch.ones(5, dtype=torch.bool)
+    with pytest.raises(InputError, match="renormalise takes all images"):
+        layer(images())

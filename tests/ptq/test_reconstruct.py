@@ -93,6 +93,21 @@ def test_the_seed_decides(method: str) -> None:
     assert not same(short(method, settings={"weight_lr": 3.0}), short(method, settings={"weight_lr": 3.0}, seed=1))
 
 
+def test_random_versions_of_the_images_train_and_leave_the_running_statistics_to_the_images_themselves() -> None:
+    batch = {"norm_statistics": "batch"}
+    plain, none, all_of_them = (short(settings={**batch, **extra}) for extra in ({}, {"augment": 0}, {"augment": 1.0}))
+    assert same(plain, none)
+    scales = [[grid.scale for grid in activation_quantizers(model).values()] for model in (plain, all_of_them)]
+    assert not any(torch.equal(one, other) for one, other in zip(*scales, strict=True))
+    first = [
+        next(module for module in model.modules() if isinstance(module, AdaptiveBatchNorm2d))
+        for model in (plain, all_of_them, short(settings={**batch, "augment": 1.0}, seed=1))
+    ]
+    # Behind one layer whose weights are of 8 bits: the statistics of the same images.
+    torch.testing.assert_close(first[1].running_mean, first[0].running_mean, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(first[2].running_mean, first[0].running_mean, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("name", ["resnet", "wide", "mobilenet", "vit"])
 def test_inputs_on_disk_give_the_same_bits(name: str) -> None:
     assert same(short(name=name), short(name=name, cache_mb=0))

@@ -89,6 +89,7 @@ class Everything(Adapter):
 # The small nets are sure of nothing: without these their images would all be left out.
 _ALL_RELIABLE = {"entropy_margin": 2.0, "redundancy": 2.0}
 OPTIONS: dict[str, dict[str, Any]] = {
+    "cotta": {"augmentations": 2},
     "eta": _ALL_RELIABLE,
     "eata": _ALL_RELIABLE,
     "rdumb": _ALL_RELIABLE,

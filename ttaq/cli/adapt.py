@@ -3,96 +3,43 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from ttaq.cli.arguments import (
-    add_data,
-    add_device,
-    add_preprocessing,
-    at_least_one,
-    check_output,
-    integers,
-    method_options,
-    names,
-    set_up_torch,
-)
-from ttaq.cli.models import MODEL_HELP, Loaded, load
+import torch
+from torch import Tensor
+
+from ttaq.cli.adapt_flags import add_arguments
+from ttaq.cli.arguments import check_output, method_options, set_up_torch
+from ttaq.cli.models import Loaded, load
 from ttaq.cli.progress import ProgressLine
 from ttaq.data.corruptions import CORRUPTIONS, VALIDATION_CORRUPTIONS, frost_source
 from ttaq.errors import InputError
 from ttaq.eval import Domains, RowFile, Stream, run
+from ttaq.eval.batch_size import Need, choose_batch_size, measure_need
+from ttaq.eval.checkpoint import refuse_what_is_there
 from ttaq.eval.datasets import choose_preprocessing
-from ttaq.eval.stream import SETTINGS, SPLITS
+from ttaq.eval.rows import cell_of
+from ttaq.eval.run import row_options
 from ttaq.tta import METHODS, build
 
 __all__ = ["IF_INTERRUPTED", "add_arguments", "execute"]
 
 IF_INTERRUPTED = "finished domains are kept, the same command continues behind them"
 
+_FEW = 64
+"""Training images that are enough to find out whether a method can be built."""
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `ttaq adapt`."""
-    parser.add_argument(
-        "--model",
-        action="append",
-        required=True,
-        metavar="MODEL",
-        help=f"{MODEL_HELP}; may be repeated; {{seed}} in it becomes each seed, to pair calibration and stream",
-    )
-    add_data(parser)
-    parser.add_argument("--methods", type=names, default="source,norm,tent", help=f"of {', '.join(METHODS)}")
-    parser.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="METHOD.NAME=VALUE",
-        help="option of a method, such as tent.lr=1e-3; may be repeated",
-    )
-    parser.add_argument(
-        "--seeds", type=integers, default="0", help="draw noise and order of the images; 0,1,2 for three"
-    )
-    parser.add_argument("--severity", type=int, choices=range(1, 6), default=5, help="strength of the corruptions")
-    parser.add_argument(
-        "--corruptions",
-        type=names,
-        default="all",
-        help="all (the 15), validation (the four held-out ones), or names; clean stands for none",
-    )
-    parser.add_argument(
-        "--images", type=at_least_one, metavar="N", help="images per domain; without it the whole split"
-    )
-    parser.add_argument("--split", choices=SPLITS, default="report", help="which test images")
-    parser.add_argument("--batch-size", type=at_least_one, default=200, metavar="N", help="images per batch")
-    parser.add_argument(
-        "--setting",
-        choices=SETTINGS,
-        default="continual",
-        help="one domain after the other, resetting before each, with severities going up and down, all mixed, or a "
-        "long walk in which one corruption fades into the next",
-    )
-    parser.add_argument("--rounds", type=at_least_one, default=1, metavar="N", help="how often the corruptions recur")
-    parser.add_argument(
-        "--delta", type=float, metavar="D", help="classes come in bursts (Dirichlet), such as 0.1; 0 sorts by class"
-    )
-    parser.add_argument(
-        "--tail", type=float, metavar="T", help="long-tailed: images of the rarest class per one of the most frequent"
-    )
-    parser.add_argument(
-        "--window", type=at_least_one, default=1, metavar="N", help="with --batch-size 1, the images a method sees"
-    )
-    parser.add_argument("--length", type=at_least_one, metavar="N", help="transitions of --setting ccc")
-    add_preprocessing(parser)
-    parser.add_argument(
-        "--stored",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="read the CIFAR-10-C, CIFAR-100-C or ImageNet-C folder in --data instead of corrupting the clean images",
-    )
-    parser.add_argument(
-        "--frost", type=Path, metavar="DIR", help="textures for frost; without it DIR/frost of --data, else procedural"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="row file (JSON lines) to append to")
-    add_device(parser)
+
+class _Task(NamedTuple):
+    """A model, a method and a stream, and what the method's options are in the rows."""
+
+    model: Loaded
+    method: str
+    stream: Stream
+    options: dict[str, Any]
 
 
 def execute(args: argparse.Namespace) -> None:
@@ -102,44 +49,99 @@ def execute(args: argparse.Namespace) -> None:
     unknown = [method for method in args.methods if method not in METHODS]
     if unknown:
         raise InputError(f"--methods: unknown {', '.join(unknown)}, expected some of: {', '.join(METHODS)}")
+    if args.source_images is not None and not any(METHODS[method].source_images for method in args.methods):
+        raise InputError(f"--source-images: none of {', '.join(args.methods)} wants any; leave it out")
     device = set_up_torch(args)
     frost = _frost(args)
     preprocessing = args.preprocessing
     if preprocessing == "auto":
         preprocessing = "none" if args.stored else choose_preprocessing(args.dataset, args.data)
     streams = [_stream(args, seed, frost, preprocessing) for seed in args.seeds]
+    domains = Domains(streams[0], args.data, frost)
     models = {(text, seed): text.replace("{seed}", str(seed)) for seed in args.seeds for text in args.model}
-    loaded: dict[str, Loaded] = {}
-    for text in dict.fromkeys(models.values()):
-        loaded[text] = load(text)
-        for method in args.methods:  # Wrong options are found now, not hours into the run.
-            build(method, loaded[text].model, **options[method])
+    loaded = {text: load(text) for text in dict.fromkeys(models.values())}
+    in_rows, needs = _try_methods(args, list(loaded.values()), options, domains, device)
+    if args.max_memory is not None:
+        size, why = choose_batch_size(needs, args.batch_size, args.max_memory, args.window)
+        print(f"batch size {size}: {why}", flush=True)
+        streams = [replace(stream, batch_size=size) for stream in streams]
+    tasks = [
+        _Task(model, method, stream, in_rows[model.info.model_hash, method])
+        for stream in streams
+        for model in (loaded[models[text, stream.seed]] for text in args.model)
+        for method in args.methods
+    ]
     done = 0
     with RowFile(args.out) as rows:
-        for stream in streams:
-            domains = Domains(stream, args.data, frost)
-            for text in args.model:
-                model = loaded[models[text, stream.seed]]
-                for method in args.methods:
-                    title = f"{model.info.scheme} {method} seed {stream.seed}"
-                    with ProgressLine(title) as progress:
-                        new = run(
-                            model.model,
-                            method,
-                            domains,
-                            rows,
-                            options=options[method],
-                            info=model.info,
-                            device=device,
-                            progress=progress,
-                        )
-                    done += bool(new)
-                    print(
-                        f"{title}: " + (f"mean error {new[-1]['error']:.2f} %" if new else "already complete"),
-                        flush=True,
-                    )
+        if not args.resume:
+            for task in tasks:  # All of them now, not hours into the run.
+                refuse_what_is_there(rows, _cell(task, args.shadow))
+        for task in tasks:
+            if domains.stream != task.stream:
+                domains = Domains(task.stream, args.data, frost)
+            title = f"{task.model.info.scheme} {task.method} seed {task.stream.seed}"
+            with ProgressLine(title) as progress:
+                new = run(
+                    task.model.model,
+                    task.method,
+                    domains,
+                    rows,
+                    options=options[task.method],
+                    info=task.model.info,
+                    device=device,
+                    progress=progress,
+                    source_images=_source_images(args, task.method, domains),
+                    shadow=args.shadow,
+                    resume=args.resume,
+                    checkpoint_every=args.checkpoint_every,
+                )
+            done += bool(new)
+            print(f"{title}: " + (_result(new[-1]) if new else "already complete"), flush=True)
     if not done:
         print(f"nothing to do: {args.out} already holds every row of this command")
+
+
+def _try_methods(
+    args: argparse.Namespace,
+    models: Sequence[Loaded],
+    options: Mapping[str, dict[str, Any]],
+    domains: Domains,
+    device: torch.device,
+) -> tuple[dict[tuple[str, str], dict[str, Any]], list[Need]]:
+    """Build every method on every model, so that wrong options are found now, not hours into the run.
+
+    Returns what rows say of the options, by model hash and method, and with --max-memory what each of them needs.
+    """
+    in_rows, needs = {}, []
+    for model in models:
+        for method in args.methods:
+            images = _source_images(args, method, domains)
+            few = images if images is None or args.max_memory is not None else images[:_FEW]
+            adapter = build(method, model.model, source_images=few, **options[method])
+            in_rows[model.info.model_hash, method] = row_options(adapter, images)
+            if args.max_memory is not None:
+                shape = next(domains.batches(0))[0].shape[1:]
+                needs.append(measure_need(adapter.to(device), shape, f"{method} on {model.info.scheme}"))
+    return in_rows, needs
+
+
+def _source_images(args: argparse.Namespace, method: str, domains: Domains) -> Tensor | None:
+    wanted = METHODS[method].source_images
+    if not wanted:
+        return None
+    preprocessing = None if args.preprocessing == "auto" else args.preprocessing
+    return domains.source_images(args.source_images or wanted, preprocessing)
+
+
+def _cell(task: _Task, shadow: bool) -> str:
+    info = task.model.info
+    what = {"method": task.method, "options": task.options, "scheme": info.scheme, "model_hash": info.model_hash}
+    return cell_of(what | {"stream": str(task.stream), "shadow": shadow})
+
+
+def _result(summary: Mapping[str, Any]) -> str:
+    in_shadow = f", of the method in shadow {summary['shadow_error']:.2f} %" if "shadow_error" in summary else ""
+    return f"mean error {summary['error']:.2f} %{in_shadow}"
 
 
 def _frost(args: argparse.Namespace) -> Path | None:

@@ -123,11 +123,13 @@ def open_pool(
     return Pool.of_files(folder.take(_every_13(order, split)))
 
 
-def calibration_images(dataset: str, data: Folder, count: int, seed: int, preprocessing: str | None = None) -> Tensor:
+def calibration_images(
+    dataset: str, data: Folder, count: int, seed: int, preprocessing: str | None = None, *, at_most: bool = False
+) -> Tensor:
     """`count` different training images drawn by `seed`, fp32 [count, 3, H, W] in [0, 1], without labels.
 
     ImageNet and other folders: from the folder `train`, centre crop; preprocessing None from
-    `choose_preprocessing`.
+    `choose_preprocessing`. at_most: all there are, where these are fewer than `count`.
     Raises DataError without a usable folder, InputError for an unknown data set or one without training images.
     """
     if dataset not in DATASETS or not DATASETS[dataset].train:
@@ -140,8 +142,10 @@ def calibration_images(dataset: str, data: Folder, count: int, seed: int, prepro
             folder = _imagenet(root, "train", preprocessing)
         else:
             folder = open_image_folder(_child(root, "train"), preprocessing)
+        count = min(count, len(folder)) if at_most else count
         return to_float(folder.sample(count, seed).read().images)
     images = load_digits()[0] if dataset == "digits" else _CIFAR[dataset][0](_root(dataset, data), "train")
+    count = min(count, len(images.labels)) if at_most else count
     return to_float(images.images[calibration_indices(len(images.labels), count, seed)])
 
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from ttaq.data.corruptions import corrupt, frost_source
 from ttaq.data.images import to_float
 from ttaq.errors import DataError, InputError
-from ttaq.eval.datasets import Folder, Pool, open_pool
+from ttaq.eval.datasets import DATASETS, Folder, Pool, calibration_images, open_pool
 from ttaq.eval.order import thin_out
 from ttaq.eval.plan import Plan, Recipe, domain_names, plan_domain, recipe_name, recipes_of
 from ttaq.eval.stream import Stream
+from ttaq.tta import METHODS
 
 __all__ = ["Batch", "Domains"]
 
@@ -63,6 +64,7 @@ class Domains:
                 f"Domains: the stream says frost={stream.frost}, but the textures given make it "
                 f"{frost_source(self._textures)}; set Stream.frost to that or give other textures"
             )
+        self._data = data
         self._pools = self._open(data)
         first = next(iter(self._pools.values()))
         self.labels, self.num_classes = first.labels, first.num_classes
@@ -75,6 +77,7 @@ class Domains:
         self._keep_bytes = 1e6 * keep_mb
         self._chunks: dict[tuple[int, int], Tensor] = {}
         self._plan: tuple[int, Plan] | None = None
+        self._source: tuple[str | None, int, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -104,6 +107,23 @@ class Domains:
             last = min(first + size, len(plan))
             images = self._images(index, plan, first, last)
             yield to_float(images), self.labels[plan.images[first:last]], plan.recipe[first:last]
+
+    def source_images(self, most: int, preprocessing: str | None = None) -> Tensor:
+        """Up to `most` images of the data that models were trained on, fp32 [N, 3, H, W], drawn by the stream's seed.
+
+        preprocessing: as in `calibration_images`, which draws them. InputError for a data set without such images.
+        """
+        dataset = self.stream.dataset
+        if not DATASETS[dataset].train:
+            raise InputError(
+                f"Domains: the method wants images that the model was trained on, but {dataset} has none; choose a "
+                f"method that works without: {', '.join(name for name in METHODS if not METHODS[name].source_images)}"
+            )
+        # Kept, since methods and models follow each other on a stream; a smaller draw is the beginning of a larger one.
+        if self._source is None or self._source[0] != preprocessing or self._source[1] < most:
+            images = calibration_images(dataset, self._data, most, self.stream.seed, preprocessing, at_most=True)
+            self._source = (preprocessing, most, images)
+        return self._source[2][:most]
 
     def _open(self, data: Folder) -> dict[Recipe | None, Pool]:
         """The clean images, under None, or the stored ones of each recipe."""

@@ -22,6 +22,7 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._restarted = False
+        self._before: float | None = None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             return
@@ -31,8 +32,17 @@ class PeakMemory:
         except OSError:
             pass  # Not Linux, or a container that forbids it: the source that `read` names says so.
 
+    def include(self, peak: float | None) -> None:
+        """Of the same work, the peak in an earlier process."""
+        self._before = peak
+
     def read(self) -> tuple[float | None, str]:
-        """The peak since creation."""
+        """The peak since creation, or the one included."""
+        peak, source = self._own()
+        peaks = [value for value in (peak, self._before) if value is not None]
+        return max(peaks, default=None), source
+
+    def _own(self) -> tuple[float | None, str]:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) / 1e6, "torch.cuda.max_memory_allocated"
         if self._restarted:

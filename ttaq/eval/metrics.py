@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,25 @@ class Scores:
         self._labels.append(labels)
         self._part.append(torch.zeros_like(labels) if part is None else part)
         self.nonfinite += int((~finite).sum())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything added so far."""
+        parts = {name: torch.cat(batches) for name, batches in self._columns().items() if batches}
+        return {**parts, "batches": [len(batch) for batch in self._correct], "nonfinite": self.nonfinite}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        for name, batches in self._columns().items():
+            batches[:] = state[name].split(state["batches"]) if state["batches"] else []
+        self.nonfinite = state["nonfinite"]
+
+    def _columns(self) -> dict[str, list[Tensor]]:
+        return {
+            "confidence": self._confidence,
+            "correct": self._correct,
+            "labels": self._labels,
+            "part": self._part,
+        }
 
     @property
     def count(self) -> int:

@@ -195,15 +195,19 @@ def _group(row: Row) -> str:
     return f"{row['model']}, {row['scheme']}" + (f", {quantization}" if quantization else "")
 
 
+def _method(row: Row) -> str:
+    return f"{row['method']} (shadow)" if row.get("shadow") else str(row["method"])
+
+
 def _variant(row: Row) -> str:
-    return json.dumps([row["method"], row["options"]], sort_keys=True)
+    return json.dumps([_method(row), row["options"]], sort_keys=True)
 
 
 def _method_names(rows: list[Row]) -> dict[str, str]:
     """A name for each method with its options: the options in which its variants differ are added in parentheses."""
     variants: dict[str, dict[str, dict[str, object]]] = {}
     for row in rows:
-        variants.setdefault(row["method"], {})[_variant(row)] = row["options"]
+        variants.setdefault(_method(row), {})[_variant(row)] = row["options"]
     names = {}
     for method, by_variant in variants.items():
         keys = sorted({key for options in by_variant.values() for key in options})

@@ -49,8 +49,10 @@ _DOMAIN: dict[str, type | tuple[type, ...]] = {
 
 
 def cell_of(row: Mapping[str, Any]) -> str:
-    """What a row is one domain of: method, options, scheme, model hash and stream (with seed), as canonical JSON."""
-    return json.dumps({key: row[key] for key in _CELL}, sort_keys=True)
+    """What a row is one domain of: method, options, scheme, model hash, stream (with seed), and whether the method is in
+    shadow, as canonical JSON."""
+    shadow = {"shadow": True} if row.get("shadow") else {}
+    return json.dumps({key: row[key] for key in _CELL} | shadow, sort_keys=True)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -149,14 +151,22 @@ class RowFile:
             self._fd = None
 
     def append(self, row: Row) -> Row:
-        """Write one row, wait until it is on disk, and return it as it is read back."""
+        """Write one row, wait until it is on disk, and return it as it is read back. All of it or nothing."""
         if self._fd is None:
             raise CheckpointError(f"RowFile: {self.path} is not open; use it in a with statement")
         row = {"format": FORMAT, **row}
         line = (json.dumps(row, allow_nan=False) + "\n").encode()
-        while line:
-            line = line[os.write(self._fd, line) :]
-        os.fsync(self._fd)
+        end = os.fstat(self._fd).st_size
+        try:
+            while line:
+                line = line[os.write(self._fd, line) :]
+            os.fsync(self._fd)
+        except OSError as error:
+            os.ftruncate(self._fd, end)
+            raise CheckpointError(
+                f"RowFile: cannot write {self.path}: {error.strerror or error}; the rows before are unchanged: make "
+                f"room and run the same command again"
+            ) from error
         self.rows.append(row)
         return row
 

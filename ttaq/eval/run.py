@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import ttaq.tta
-from ttaq.errors import CheckpointError
+from ttaq.errors import InputError
+from ttaq.eval.checkpoint import Checkpoint, refuse_what_is_there
 from ttaq.eval.domains import Domains
-from ttaq.eval.measure import Progress, measure_domain
+from ttaq.eval.latency import mean_latency
+from ttaq.eval.measure import Measurement, Pauses, Progress, Stepper, measure_domain
 from ttaq.eval.rows import Row, RowFile, cell_of, check_one_stream
-from ttaq.io import load_state, model_hash, save_state
-from ttaq.tta import SlidingWindow
+from ttaq.io import model_hash
+from ttaq.tta import METHODS, Adapter, Shadow, SlidingWindow
 from ttaq.version import __version__
 
 __all__ = ["ModelInfo", "run"]
@@ -62,6 +62,10 @@ def run(
     info: ModelInfo | None = None,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
+    source_images: Tensor | None = None,
+    shadow: bool = False,
+    resume: bool = True,
+    checkpoint_every: int | None = None,
 ) -> list[Row]:
     """Adapt `model` with `method` over all domains; append one row per domain and a summary to `rows`.
 
@@ -79,62 +83,105 @@ def run(
         info: what the rows say about the model; taken from the model itself when None.
         device: where the adapter runs.
         progress: called after each batch.
+        source_images: [N, C, H, W] for a method that wants images of the data that the model was trained on; None
+            draws as many as it wants (`Domains.source_images`). Their number stands among the options of the rows.
+        shadow: the source model answers, the method only adapts (`ttaq.tta.Shadow`); rows have `shadow_error` too.
+        resume: False refuses what is there instead of going on behind it.
+        checkpoint_every: batches after which the state is saved inside a domain too; None saves at its end only.
 
     Returns:
         The rows appended by this call, the summary last; empty if the cell was complete.
 
     Raises:
-        InputError: unknown method or option, or logits whose number of classes is not the data set's.
-        CheckpointError: rows of another stream, or a state file that is damaged.
+        InputError: unknown method or option, logits whose number of classes is not the data set's, or a method that
+            wants images of a data set that has none to give.
+        CheckpointError: rows of another stream, rows or a state that may not be resumed, or a state file that is
+            damaged or cannot be written. What was saved before stays, and so do the rows.
     """
     device = torch.device(device)
-    stream = domains.stream
+    if checkpoint_every is not None and (type(checkpoint_every) is not int or checkpoint_every < 1):
+        raise InputError(f"run: checkpoint_every is {checkpoint_every!r}, expected a number of batches from 1, or None")
     info = info or ModelInfo.of(model)
-    adapter = ttaq.tta.build(method, model, **dict(options or {})).to(device)
+    if source_images is None and method in METHODS and METHODS[method].source_images:
+        source_images = domains.source_images(METHODS[method].source_images)
+    adapter = ttaq.tta.build(method, model, source_images=source_images, **dict(options or {})).to(device)
     # torch's annotations do not know this form of `to`.
     adapter = adapter.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    stepper = adapter if stream.window == 1 else SlidingWindow(adapter, stream.window)
     base: Row = {
         "kind": "domain",
         "method": method,
-        "options": adapter.state_dict()["options"],
+        "options": row_options(adapter, source_images),
         **asdict(info),
-        "stream": str(stream),
-        "seed": stream.seed,
-        "frost": stream.frost_in_use,
+        "stream": str(domains.stream),
+        "seed": domains.stream.seed,
+        "frost": domains.stream.frost_in_use,
+        **({"shadow": True} if shadow else {}),
         "versions": _versions(),
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
     }
     cell = cell_of(base)
     check_one_stream([*(row["stream"] for row in rows.rows), base["stream"]], f"run: {rows.path}")
-    state_file = rows.state_folder / f"{hashlib.sha256(cell.encode()).hexdigest()[:16]}.safetensors"
+    checkpoint = Checkpoint(rows, cell)
+    if not resume:
+        refuse_what_is_there(rows, cell)
     before = [row for row in rows.rows if cell_of(row) == cell]
     written = {row["index"]: row for row in before if row["kind"] == "domain"}
     if any(row["kind"] == "summary" for row in before):
-        _forget(state_file)
+        checkpoint.forget()
         return []
 
+    stepper = _stepper(adapter, model, domains.stream.window, shadow)
     appended: list[Row] = []
-    start = 0
-    saved = _load_saved(state_file, cell) if state_file.exists() else None
+    start, inside = 0, None
+    saved = checkpoint.load()
     # Rows that were removed while the state stayed can only come from running the domains again.
-    if saved is not None and all(index in written for index in range(saved["row"]["index"])):
+    if saved is not None and all(index in written for index in range(_index(saved))):
         stepper.load_state_dict(saved["adapter"])
-        start = saved["row"]["index"] + 1
-        if saved["row"]["index"] not in written:
-            appended.append(_append(rows, saved["row"], written))
+        start, inside = _index(saved), saved.get("measured")
+        if inside is None:
+            if start not in written:
+                appended.append(_append(rows, saved["row"], written))
+            start += 1
     for index in range(start, len(domains)):
-        if stream.setting == "reset_each_shift":
+        if domains.stream.setting == "reset_each_shift" and inside is None:
             stepper.reset()
-        measured = measure_domain(stepper, domains, index, device, progress)
+
+        def save(measured: Measurement, index: int = index) -> None:
+            state = {"index": index, "measured": measured.state_dict(), "adapter": stepper.state_dict()}
+            checkpoint.save(state)
+
+        pauses = None if checkpoint_every is None else Pauses(checkpoint_every, save)
+        measured = measure_domain(stepper, domains, index, device, progress, inside, pauses)
+        inside = None
         row = written.get(index, base | measured)
-        save_state(state_file, {"cell": cell, "row": row, "adapter": stepper.state_dict()})
+        checkpoint.save({"row": row, "adapter": stepper.state_dict()})
         if index not in written:
             appended.append(_append(rows, row, written))
     summary = rows.append(_summary(base, [written[index] for index in range(len(domains))]))
-    _forget(state_file)
+    checkpoint.forget()
     return [*appended, summary]
+
+
+def row_options(adapter: Adapter, source_images: Tensor | None) -> dict[str, Any]:
+    """What rows say of the options of a method: those of the adapter, and how many images of the source it got."""
+    given = {} if source_images is None or not adapter.source_images else {"source_images": len(source_images)}
+    return {**adapter.options, **given}
+
+
+def _stepper(adapter: Adapter, model: nn.Module, window: int, shadow: bool) -> Stepper:
+    stepper: Adapter | SlidingWindow = adapter if window == 1 else SlidingWindow(adapter, window)
+    if not shadow:
+        return stepper
+    watched = Shadow(stepper, model)
+    watched.source.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return watched
+
+
+def _index(saved: Mapping[str, Any]) -> int:
+    """The domain of a state: where it stands in the middle, or which it has finished."""
+    index: int = saved["index"] if "measured" in saved else saved["row"]["index"]
+    return index
 
 
 def _append(rows: RowFile, row: Row, written: dict[int, Row]) -> Row:
@@ -143,40 +190,20 @@ def _append(rows: RowFile, row: Row, written: dict[int, Row]) -> Row:
 
 
 def _summary(base: Row, rows: list[Row]) -> Row:
-    def mean(values: list[float]) -> float:
-        return float(np.mean(values))
-
-    peaks = [row["memory"]["peak_mb"] for row in rows]
+    means = ("error", "class_error", "ece", *(("shadow_error",) if "shadow" in base else ()))
+    memories = [row["memory"] for row in rows]
+    figures = [key for key in memories[0] if key.endswith("_mb") and all(key in memory for memory in memories)]
+    peaks = {key: [memory[key] for memory in memories] for key in figures}
     return base | {
         "kind": "summary",
         "domains": len(rows),
         "n": sum(row["n"] for row in rows),
-        "error": mean([row["error"] for row in rows]),
-        "class_error": mean([row["class_error"] for row in rows]),
-        "ece": mean([row["ece"] for row in rows]),
-        "latency_ms": {key: mean([row["latency_ms"][key] for row in rows]) for key in ("p50", "p95")},
-        "memory": {"peak_mb": None if None in peaks else max(peaks), "of": rows[0]["memory"]["of"]},
+        **{key: float(np.mean([row[key] for row in rows])) for key in means},
+        "latency_ms": mean_latency([row["latency_ms"] for row in rows]),
+        "memory": {key: None if None in values else max(values) for key, values in peaks.items()}
+        | {"of": memories[0]["of"]},
         "counters": rows[-1]["counters"],
     }
-
-
-def _load_saved(state_file: Path, cell: str) -> dict[str, Any]:
-    try:
-        saved = load_state(state_file)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; delete {state_file} to run this method's domains again") from None
-    if saved.get("cell") != cell:
-        raise CheckpointError(f"run: {state_file} belongs to another run; delete it")
-    return saved
-
-
-def _forget(state_file: Path) -> None:
-    """Remove the state with what a kill left of an unfinished one, and the folder once it is empty."""
-    folder = state_file.parent
-    for path in [state_file, *folder.glob(f".{state_file.name}.*")]:
-        path.unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
 
 
 def _versions() -> dict[str, str]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ttaq.errors import InputError
 
-__all__ = ["find_classifier", "reading"]
+__all__ = ["check_classes", "find_classifier", "logits_and_features", "reading"]
 
 
 def find_classifier(model: nn.Module, who: str) -> nn.Linear:
@@ -24,9 +24,31 @@ def find_classifier(model: nn.Module, who: str) -> nn.Linear:
     return layers[-1]
 
 
+def check_classes(logits: Tensor, classifier: nn.Linear, who: str) -> None:
+    """`InputError` in the name of `who` unless `logits` have as many classes as `classifier` has outputs."""
+    if logits.shape[1] != classifier.out_features:
+        raise InputError(
+            f"{who}: the model answers with {logits.shape[1]} classes and its last linear layer has "
+            f"{classifier.out_features} outputs, expected the same; end the model with that layer"
+        )
+
+
+def logits_and_features(model: nn.Module, x: Tensor, classifier: nn.Linear, who: str) -> tuple[Tensor, Tensor]:
+    """Logits of `model` on x, and the features [B, d], detached, that its `classifier` read; both are checked."""
+    with reading(classifier, who) as read:
+        logits: Tensor = model(x)
+    if not read:
+        raise InputError(
+            f"{who}: the model answered without its last linear layer, expected it at the end; remove linear layers "
+            f"that are not used"
+        )
+    check_classes(logits, classifier, who)
+    return logits, read[-1].detach() if detach else read[-1]
+
+
 @contextmanager
 def reading(layer: nn.Linear, who: str) -> Iterator[list[Tensor]]:
-    """The inputs [B, features], detached, of `layer` in the forwards inside the block, in order.
+    """The inputs [B, features] of `layer` in the forwards inside the block, in order.
 
     Raises `InputError` in the name of `who` for an input that is not a matrix.
     """
@@ -39,7 +61,7 @@ def reading(layer: nn.Linear, who: str) -> Iterator[list[Tensor]]:
                 f"{who}: the last linear layer reads a tensor of shape {tuple(x.shape)}, expected [B, features]; the "
                 f"method needs a model that ends with one linear layer"
             )
-        inputs.append(x.detach())
+        inputs.append(x)
 
     handle = layer.register_forward_pre_hook(keep)
     try:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttaq.data.augment import augment
 from ttaq.errors import InputError
 from ttaq.nn import QuantizedModel, convert
 from ttaq.nn.hash_tensors import hash_tensors
@@ -113,12 +114,13 @@ def quantize(
         teacher = copy.deepcopy(quantized)
         if training is not None and training.centring != "off":
             centre(quantized, training.centring)
+        device = next(quantized.parameters()).device
         if training is not None and training.centring in ("channel", "tensor"):
-            device = next(quantized.parameters()).device
             estimate_statistics(quantized, (images[place].to(device) for place in chunks(len(images))))
         by_batch = training is not None and training.norm_statistics == "batch"
+        shown = images if training is None else _augmented(images, training.augment, seed)
         with batch_statistics(quantized) if by_batch else nullcontext():
-            rtn(quantized, images, search=search, seed=seed, batch_size=batch_size, progress=progress)
+            rtn(quantized, shown, search=search, seed=seed, batch_size=batch_size, progress=progress)
         if training is not None:
             store = None
             if checkpoint is not None:
@@ -131,5 +133,17 @@ def quantize(
                     "seed": seed,
                 }
                 store = UnitStore(checkpoint, run)
-            reconstruct(quantized, teacher, images, training, seed=seed, budget=budget, store=store, progress=progress)
+            reconstruct(quantized, teacher, shown, training, seed=seed, budget=budget, store=store, progress=progress)
+        if by_batch:
+            parts = (images[place].to(device, torch.float32) for place in chunks(len(images)))
+            estimate_statistics(quantized, (part.contiguous(memory_format=torch.channels_last) for part in parts))
     return quantized
+
+
+def _augmented(images: Tensor, share: float, seed: int) -> Tensor:
+    """The images, the first `share` of them each in a random version of its own."""
+    count = round(share * len(images))
+    if not count:
+        return images
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat([*(augment(image[None], generator) for image in images[:count]), images[count:]])

@@ -23,7 +23,7 @@ from ttaq.ptq.caches import Budget, Rows, chunks
 from ttaq.ptq.correction import corrected
 from ttaq.ptq.observe import Progress
 from ttaq.ptq.settings import Reconstruction
-from ttaq.ptq.statistics import batch_statistics, estimate_statistics
+from ttaq.ptq.statistics import batch_statistics
 from ttaq.ptq.student import unit_module
 from ttaq.ptq.train_unit import Lesson, train_unit
 from ttaq.ptq.unit_store import UnitStore
@@ -97,8 +97,6 @@ def reconstruct(
             if quantized is not floating:
                 quantized.release()
             floating, quantized = outputs, after_rows
-    if by_batch:
-        estimate_statistics(model, batches())
 
 
 def _units(model: QuantizedModel, settings: Reconstruction) -> list[Unit]:

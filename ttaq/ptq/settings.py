@@ -43,6 +43,8 @@ class Reconstruction:
         `correction`), with source statistics only; 0 is off.
     centring: "off", "channel", "tensor" or "compensated": whose mean is taken out of the weights first (`pem`).
         mean_penalty: weight of the squared mean of each output channel's rounded weights, the soft form of the same.
+    augment: share of the calibration images that are taken in a random version (`ttaq.data.augment`), so that scales
+        and roundings see more than the source; running statistics are still those of the images themselves.
     """
 
     single_layers: bool = False
@@ -65,6 +67,7 @@ class Reconstruction:
     correction: float = 0.0
     centring: Centring = "off"
     mean_penalty: float = 0.0
+    augment: float = 0.0
 
     def __post_init__(self) -> None:
         for name, least in (("iterations", 1), ("batch_size", 2)):
@@ -78,7 +81,7 @@ class Reconstruction:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise InputError(f"Reconstruction: {name} is {value!r}, expected a number, 0 or more")
-        for name in ("keep_quantized", "warm_up"):
+        for name in ("keep_quantized", "warm_up", "augment"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"Reconstruction: {name} is {getattr(self, name)!r}, expected 0 to 1")
         if not self.temperature > 0 or not min(self.beta) > 1:

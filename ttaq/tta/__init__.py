@@ -9,18 +9,29 @@ from torch import Tensor, nn
 
 from ttaq.errors import InputError
 from ttaq.tta.adapter import Adapter
+from ttaq.tta.cotta import CoTTA
+from ttaq.tta.delta import DELTA
 from ttaq.tta.eata import EATA
 from ttaq.tta.eta import ETA
+from ttaq.tta.guards import Guarded, Limits
+from ttaq.tta.lame import LAME
 from ttaq.tta.norm import Norm
+from ttaq.tta.norm_ema import NormEMA
 from ttaq.tta.rdumb import RDumb
+from ttaq.tta.roid import ROID
 from ttaq.tta.sar import SAR
+from ttaq.tta.shadow import Shadow
 from ttaq.tta.source import Source
+from ttaq.tta.t3a import T3A
 from ttaq.tta.tent import Tent
 from ttaq.tta.window import SlidingWindow
 
-__all__ = ["EATA", "ETA", "METHODS", "SAR", "Adapter", "Norm", "RDumb", "SlidingWindow", "Source", "Tent", "build"]
+__all__ = ["METHODS", "Adapter", "Guarded", "Limits", "Norm", "Shadow", "SlidingWindow", "Source", "Tent", "build"]
 
-METHODS: dict[str, type[Adapter]] = {method.method: method for method in (Source, Norm, Tent, ETA, EATA, RDumb, SAR)}
+METHODS: dict[str, type[Adapter]] = {
+    method.method: method
+    for method in (Source, Norm, Tent, ETA, EATA, RDumb, SAR, ROID, CoTTA, NormEMA, DELTA, LAME, T3A)
+}
 
 
 def build(name: str, model: nn.Module, *, source_images: Tensor | None = None, **options: object) -> Adapter:

@@ -28,9 +28,11 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ttaq.errors import InputError
 from ttaq.tta.running import running_mean_
+from ttaq_kernels import softmax_cross_entropy
 
 __all__ = ["Balance"]
 
@@ -75,16 +77,15 @@ class Balance(nn.Module):
         """The term that is added to the loss of the method: a scalar, 0 for "offset"."""
         if self.loss == "offset":
             return logits.new_zeros(())
-        z = logits.float()
-        log_q = (z + self.pi.float().log()).log_softmax(1)
-        p = z.detach().softmax(1)
-        if self.loss == "hard":
-            p = torch.zeros_like(p).scatter_(1, z.detach().argmax(1, keepdim=True), 1.0)
-        per_sample = -(p * log_q).sum(1)
-        if weights is None:
-            return self.weight * per_sample.mean()
-        weights = weights.float()
-        return self.weight * (weights * per_sample).sum() / weights.sum().clamp(min=1e-6)
+        log_prior = self.pi.float().log()
+        if self.loss == "soft":
+            per_sample = softmax_cross_entropy(logits, logits.detach(), weights, log_prior)
+        else:
+            z = logits.float()
+            per_sample = functional.cross_entropy(z + log_prior, z.argmax(1), reduction="none")
+            per_sample = per_sample if weights is None else weights * per_sample
+        count = len(logits) if weights is None else weights.float().sum().clamp(min=1e-6)
+        return self.weight * per_sample.sum() / count
 
     @torch.no_grad()
     def observe(self, logits: Tensor, features: Tensor | None, weights: Tensor | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -16,6 +16,7 @@ from ttaq.nn.hash_tensors import hash_tensors
 from ttaq.tta.checkpoint import check_state
 from ttaq.tta.images import check_images
 from ttaq.tta.optimizer import zero_state
+from ttaq.tta.stopwatch import Stopwatch
 
 __all__ = ["Adapter"]
 
@@ -33,21 +34,24 @@ class Adapter(nn.Module):
     it changes, ends with `adapt`; its `step` computes the logits of a batch and learns through `update`; its `answer`
     is what `step` would return, without learning. Whatever changes is one of four things, which `reset`, `state_dict`,
     `.to()` and `copy.deepcopy` therefore cover by themselves: the adapted parameters, the optimizer's state, the
-    counters, and buffers that the method registers on itself before `adapt` and changes in place (made outside
-    inference mode, as here: `@torch.inference_mode(False)` on `__init__`). `step` gets x detached, with gradients
-    enabled; a forward of `self.model` alone changes nothing. Random numbers come from `generator`, whose seed is the
-    number of the batch, so that there is no state of theirs to keep.
+    counters, and buffers changed in place, which the method registers on itself before `adapt` (made outside
+    inference mode, as here: `@torch.inference_mode(False)` on `__init__`) or are buffers of the model, such as running
+    statistics, that it names to `adapt`. `step` gets x detached, with gradients enabled; a forward of `self.model`
+    alone changes nothing. Random numbers come from `generator`, whose seed is the number of the batch, so that there
+    is no state of theirs to keep.
 
     waits: the step reads values of tensors on the host, which on a GPU waits for it; False wherever it can be.
     source_images: how many images of the data that the model was trained on the method wants when it is built; a
         method that wants some takes them as `source_images`.
     tallies: names of what the method counts on the device, beside `updates`; see `tally`.
+    stopwatch: set to one, it is started and stopped around every `update`.
     """
 
     method: ClassVar[str]
     source_images: ClassVar[int] = 0
     waits: ClassVar[bool] = False
     tallies: ClassVar[tuple[str, ...]] = ()
+    stopwatch: Stopwatch | None = None
     _tally: Tensor
 
     @torch.inference_mode(False)
@@ -62,19 +66,27 @@ class Adapter(nn.Module):
         self.register_buffer("_tally", torch.zeros(1 + len(self.tallies), dtype=torch.int64))
         self.optimizer: torch.optim.Optimizer | None = None
         self._adapted: dict[str, nn.Parameter] = {}
+        self._buffers_adapted: tuple[str, ...] = ()
         self._initial: dict[str, dict[str, Tensor]] = {}
         self._source: str | None = None
         self._accepted: set[tuple[object, ...]] = set()
 
     @torch.inference_mode(False)
     def adapt(
-        self, parameters: Mapping[str, nn.Parameter] | None = None, optimizer: torch.optim.Optimizer | None = None
+        self,
+        parameters: Mapping[str, nn.Parameter] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        buffers: Iterable[str] = (),
     ) -> None:
-        """Declare what the method learns: `parameters` of `self.model` by name, with `optimizer`. Ends `__init__`."""
+        """Declare what the method learns: `parameters` of `self.model` by name, with `optimizer`. Ends `__init__`.
+
+        buffers: names of buffers of `self.model` that a step changes in place; their state is in the part "extra".
+        """
         parameters = parameters or {}
         for parameter in parameters.values():
             self._refuse_half(parameter.dtype)
         self._adapted, self.optimizer = dict(parameters), optimizer
+        self._buffers_adapted = tuple(f"model.{name}" for name in buffers)
         if optimizer is not None:
             zero_state(optimizer)
         for parameter in self._adapted.values():
@@ -105,6 +117,8 @@ class Adapter(nn.Module):
                 f"{self._who}: the loss does not depend on any adapted parameter; "
                 f"look for a detach or no_grad inside the model"
             )
+        if self.stopwatch is not None:
+            self.stopwatch.start()
         try:
             with torch.autocast(loss.device.type, enabled=False):
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -113,6 +127,8 @@ class Adapter(nn.Module):
                 self._optimize(self.optimizer, when)
         finally:
             self.optimizer.zero_grad()
+            if self.stopwatch is not None:
+                self.stopwatch.stop()
         # Autocast keeps its casts of trainable weights until the outermost block ends: possibly the whole stream.
         torch.clear_autocast_cache()
 
@@ -196,6 +212,10 @@ class Adapter(nn.Module):
         """The parameters that the method learns, with their names in the model."""
         return list(self._adapted.items())
 
+    def buffers_adapted(self) -> list[tuple[str, Tensor]]:
+        """The buffers of the model that the method changes, with their names in the model."""
+        return [(name.removeprefix("model."), self.get_buffer(name)) for name in self._buffers_adapted]
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def state_dict(self, *args: object, **kwargs: object) -> dict[str, Any]:  # type: ignore[override]
@@ -273,12 +293,16 @@ class Adapter(nn.Module):
         return {
             "adapted": {name: parameter.detach() for name, parameter in self._adapted.items()},
             "optimizer": {f"{name}/{key}": v for name, p in self._adapted.items() for key, v in state[p].items()},
-            "extra": {name: buffer for name, buffer in self.named_buffers() if not name.startswith("model.")},
+            "extra": {
+                **{name: buffer for name, buffer in self.named_buffers() if not name.startswith("model.")},
+                **{name: self.get_buffer(name) for name in self._buffers_adapted},
+            },
         }
 
     def _identity(self) -> dict[str, Any]:
         if self._source is None:  # taken when first needed, since it reads every weight
             initial = {id(p): self._initial["adapted"][name] for name, p in self._adapted.items()}
+            initial |= {id(self.get_buffer(name)): self._initial["extra"][name] for name in self._buffers_adapted}
             state = self.model.state_dict(keep_vars=True)
             self._source = hash_tensors({n: initial.get(id(v), v) for n, v in state.items() if isinstance(v, Tensor)})
         return {"method": self.method, "options": dict(self.options), "source": self._source}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ttaq.errors import InputError
 from ttaq.nn.adapt_norms import adaptive_batch_norms, norm_affine
-from ttaq.nn.classifier import find_classifier, reading
+from ttaq.nn.classifier import check_classes, find_classifier, logits_and_features
 from ttaq.tta.abl import Balance
 from ttaq.tta.adapter import Adapter
 from ttaq.tta.optimizer import make_optimizer
@@ -82,7 +82,7 @@ class NormLearner(Adapter):
                 momentum=chosen.abl_momentum,
             ).to(next(iter(affine.values())).device)
         self.prepare(affine, source_images)
-        self.adapt(affine, optimizer)
+        self.adapt(affine, optimizer, self.changing_buffers())
 
     def set_norms(self) -> None:
         """Put the batch norms into the mode that the method needs."""
@@ -96,6 +96,10 @@ class NormLearner(Adapter):
     def prepare(self, affine: dict[str, nn.Parameter], source_images: Tensor | None) -> None:
         """Check the options of the method, and register its buffers on the device of the model."""
 
+    def changing_buffers(self) -> list[str]:
+        """Names of the model's buffers that a step changes: none, unless a method says otherwise."""
+        return []
+
     @property
     def classes(self) -> int:
         """How many the model tells apart, by its last linear layer."""
@@ -105,19 +109,12 @@ class NormLearner(Adapter):
 
     def see(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits, and the features that the classifier read if something here needs them."""
-        if self.balance is None or not self.balance.needs_features or self._classifier is None:
-            logits: Tensor = self.model(x)
-            features = None
-        else:
-            with reading(self._classifier, self._who) as read:
-                logits = self.model(x)
-            features = read[-1]
-        if self._classifier is not None and logits.shape[1] != self.classes:
-            raise InputError(
-                f"{self._who}: the model answers with {logits.shape[1]} classes and its last linear layer has "
-                f"{self.classes} outputs, expected the same; end the model with that layer"
-            )
-        return logits, features
+        if self._classifier is not None and self.balance is not None and self.balance.needs_features:
+            return logits_and_features(self.model, x, self._classifier, self._who)
+        logits: Tensor = self.model(x)
+        if self._classifier is not None:
+            check_classes(logits, self._classifier, self._who)
+        return logits, None
 
     @property
     def offset(self) -> Tensor | None:

@@ -1,0 +1,230 @@
+"""Guards: each alarm is planted, nothing else raises one, and what they take back is exact."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from tta_cases import TESTED, Everything, assert_same, batch_norm_net, quantized_net, stream
+
+from ttaq.errors import CheckpointError, InputError
+from ttaq.io import load_state, save_state
+from ttaq.tta import Guarded, Limits, SlidingWindow, build
+
+QUIET = Limits(drift=1e9, drift_per_batch=1e9)
+
+
+def reasons(guarded: Guarded) -> list[str]:
+    return [alarm.reason for alarm in guarded.alarms]
+
+
+@pytest.mark.parametrize("name", sorted(TESTED))
+def test_without_an_alarm_it_is_the_adapter(name: str) -> None:
+    plain, guarded = TESTED[name](batch_norm_net()), Guarded(TESTED[name](batch_norm_net()), QUIET)
+    for x in stream(6, batch=16):
+        assert torch.equal(guarded(x), plain(x))
+        assert torch.equal(guarded.predict(x), plain.predict(x))
+    assert guarded.alarms == []
+    assert guarded.counters == {**plain.counters, "paused": 0, "alarms": 0}
+    assert_same(guarded.adapter.state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize("net", [batch_norm_net, quantized_net])
+@pytest.mark.parametrize("lr", [0.1, 1.0, 30.0])
+def test_a_step_that_is_too_large_is_taken_back_and_learning_pauses(net: Any, lr: float) -> None:
+    guarded = Guarded(build("tent", net(), lr=lr), Limits(pause=2))
+    norm = build("norm", net())
+    # Alarm, 2 without learning, alarm, 4 without, alarm, 8 without.
+    for x in stream(17):
+        assert torch.equal(guarded(x), norm(x))
+    assert reasons(guarded) == ["drift"] * 3
+    assert [alarm.batch for alarm in guarded.alarms] == [1, 4, 9]
+    assert guarded.alarms[0].value > guarded.alarms[0].limit == 0.006
+    counters = guarded.counters
+    assert (counters["batches"], counters["paused"], counters["alarms"], counters["alarms_drift"]) == (3, 14, 3, 3)
+
+
+def test_goes_back_to_the_last_good_state_and_then_to_the_source() -> None:
+    class Drifts(Everything):
+        """Learns a little, and a lot from images that are bright."""
+
+        def step(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.model(x)
+            self.update(logits.mean() * (100.0 if float(x.mean()) > 0.9 else 0.01))
+            return logits
+
+    guarded = Guarded(Drifts(batch_norm_net()), Limits(drift=0.5, drift_per_batch=1e9, snapshot_every=3, pause=0))
+    bright = torch.full((4, 3, 8, 8), 0.95)
+    source = guarded.adapter.state_dict()["adapted"]
+    for x in stream(3):
+        guarded(x)
+    good = guarded.adapter.state_dict()["adapted"]
+    for x in stream(3, seed=5)[:2]:
+        guarded(x)
+    guarded(bright)
+    assert reasons(guarded) == ["drift"]
+    assert_same(guarded.adapter.state_dict()["adapted"], good)
+    guarded(bright)  # again within the interval: that state was not good
+    assert_same(guarded.adapter.state_dict()["adapted"], source)
+    assert guarded.counters["updates"] == 7  # what was counted did happen
+
+
+def test_images_that_are_not_finite_teach_nothing_and_cost_nothing() -> None:
+    plain = build("tent", batch_norm_net(), lr=1e-2, check_finite=False)
+    guarded = Guarded(build("tent", batch_norm_net(), lr=1e-2, check_finite=False), QUIET)
+    bad = torch.full((4, 3, 8, 8), float("nan"))
+    first, *rest = stream(4)
+    plain(first), guarded(first)
+    before = guarded.adapter.state_dict()
+    for _ in range(3):
+        assert bool(guarded(bad).isnan().all())
+    assert reasons(guarded) == ["nonfinite"] * 3
+    assert guarded.counters["paused"] == 0
+    for part in ("adapted", "optimizer"):
+        assert_same(guarded.adapter.state_dict()[part], before[part])
+    assert [torch.equal(guarded(x), plain(x)) for x in rest] == [True] * 3
+
+
+@pytest.mark.parametrize("name", sorted(TESTED.keys() - {"everything"}))  # which keeps a plain mean: see below
+def test_no_method_is_spoiled_by_images_that_are_not_finite(name: str) -> None:
+    guarded = Guarded(TESTED[name](batch_norm_net(), check_finite=False), QUIET)
+    good, *rest = stream(3)
+    guarded(good)
+    guarded(torch.full((4, 3, 8, 8), float("nan")))
+    for x in rest:
+        assert bool(guarded(x).isfinite().all())
+
+
+def test_a_state_that_is_not_finite_is_taken_back() -> None:
+    guarded = Guarded(Everything(batch_norm_net(), check_finite=False), Limits(pause=0, drift=1e9, drift_per_batch=1e9))
+    fresh = Everything(batch_norm_net())
+    guarded(torch.full((4, 3, 8, 8), float("nan")))  # its mean prediction is NaN now
+    assert reasons(guarded) == ["nonfinite"]
+    assert torch.equal(guarded.adapter.get_buffer("mean"), fresh.get_buffer("mean"))
+
+
+def _with_classifier(scale: float, bias: float = 0.0) -> nn.Module:
+    net = batch_norm_net()
+    with torch.no_grad():
+        net[-1].weight.mul_(scale)
+        net[-1].bias[0] += bias
+    return net
+
+
+@pytest.mark.parametrize(
+    ("net", "limits", "reason", "batches"),
+    [
+        # keep exp(-500/2000) a batch: from 1 below 0.5 with the third
+        (_with_classifier(1e4), {"entropy": 0.5, "classes": 0.0, "batch_classes": 0.0}, "entropy", 3),
+        # one class gets everything: at once in the batch, later in the running mean
+        (_with_classifier(1.0, 50.0), {"entropy": 0.0}, "classes", 1),
+        (_with_classifier(1.0, 50.0), {"entropy": 0.0, "batch_classes": 0.0}, "classes", 6),
+    ],
+)
+def test_collapse_is_seen(net: nn.Module, limits: dict[str, float], reason: str, batches: int) -> None:
+    guarded = Guarded(build("norm", net), Limits(**limits))
+    for x in stream(8, batch=500):
+        guarded(x)
+        if guarded.alarms:
+            break
+    assert (guarded.alarms[0].reason, guarded.alarms[0].batch) == (reason, batches)
+
+
+def test_a_jump_of_the_entropy_is_seen() -> None:
+    class Fades(nn.Module):
+        """Sure of what is dark, unsure of what is bright."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            classes = torch.eye(4)[torch.arange(len(x)) % 4]
+            return classes * 50 * (x.mean((1, 2, 3)) < 0.5).float().unsqueeze(1)
+
+    guarded = Guarded(build("source", Fades()), Limits(entropy=0.0))
+    for _ in range(12):
+        guarded(torch.zeros(400, 3, 2, 2))
+    assert guarded.alarms == []
+    guarded(torch.ones(400, 3, 2, 2))
+    assert reasons(guarded) == ["spike"]
+
+
+def test_single_images_of_one_class_are_no_collapse_for_long() -> None:
+    guarded = Guarded(build("norm", _with_classifier(1.0, 50.0), alpha=0.1), Limits(entropy=0.0))
+    for x in stream(200, batch=1):
+        guarded(x)
+    assert guarded.alarms == []
+
+
+def test_state_resumes_in_the_middle_of_a_pause(tmp_path: Any) -> None:
+    def make() -> Guarded:
+        return Guarded(build("tent", batch_norm_net(), lr=0.02), Limits(pause=3, drift_per_batch=0.02))
+
+    guarded, resumed = make(), make()
+    first, rest = stream(12)[:3], stream(12)[3:]
+    for x in first:
+        guarded(x)
+    assert guarded.alarms
+    state = guarded.state_dict()
+    kept = copy.deepcopy(state)
+    save_state(tmp_path / "guarded", state)
+    expected = [guarded(x) for x in rest]
+    assert_same(state, kept)
+    resumed.load_state_dict(load_state(tmp_path / "guarded"))
+    assert_same([resumed(x) for x in rest], expected)
+    assert_same(resumed.state_dict(), guarded.state_dict())
+    guarded.reset()
+    assert_same(guarded.state_dict(), make().state_dict())
+
+
+def test_refuses_a_state_that_does_not_fit() -> None:
+    guarded = Guarded(build("tent", batch_norm_net()))
+    guarded(stream()[0])
+    before = guarded.state_dict()
+    other = Guarded(build("tent", batch_norm_net(), lr=0.5)).state_dict()
+    for state, message in (
+        (other, "option lr"),
+        (guarded.adapter.state_dict(), "saved without guards"),
+        ({**before, "limits": {}}, "saved with limits"),
+        ({**before, "adapter": other["adapter"]}, "option lr"),
+        (None, "saved without guards"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            guarded.load_state_dict(state)  # type: ignore[arg-type]
+        assert_same(guarded.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"drift": -1}, "drift is -1, expected a number, 0 or more"),
+        ({"pause": 0.5}, "pause is 0.5, expected a number of batches"),
+        ({"entropy": True}, "entropy is True"),
+        ({"classes": float("nan")}, "classes is nan"),
+    ],
+)
+def test_refuses_limits_out_of_range(limits: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Limits(**limits)
+
+
+def test_refuses_what_is_no_adapter() -> None:
+    with pytest.raises(InputError, match="got Sequential, expected an adapter"):
+        Guarded(batch_norm_net())  # type: ignore[arg-type]
+
+
+def test_a_window_of_single_images_is_guarded_too() -> None:
+    window = SlidingWindow(Guarded(build("tent", batch_norm_net(), lr=30.0)), 4)
+    norm = SlidingWindow(build("norm", batch_norm_net()), 4)
+    for x in stream(12, batch=1):
+        assert torch.equal(window(x), norm(x))
+    assert window.counters["alarms"] == 1
+
+
+def test_bad_images_are_refused_before_anything_is_counted() -> None:
+    guarded = Guarded(build("tent", batch_norm_net()))
+    guarded(stream()[0])
+    before = guarded.state_dict()
+    with pytest.raises(InputError, match="NaN or Inf"):
+        guarded(torch.full((4, 3, 8, 8), float("nan")))
+    assert_same(guarded.state_dict(), before)

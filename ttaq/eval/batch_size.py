@@ -1,0 +1,98 @@
+"""The batch size with which a stream fits into a given memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ttaq.errors import InputError
+from ttaq.eval.memory_parts import MemoryParts, StepMemory
+from ttaq.nn import AdaptiveBatchNorm2d
+from ttaq.tta import Adapter
+
+__all__ = ["FEWEST_FOR_STATISTICS", "Need", "choose_batch_size", "measure_need"]
+
+FEWEST_FOR_STATISTICS = 8
+"""Of fewer images the statistics of a batch, down to one value per image and channel in the last layers, are noise."""
+
+_PROBES = (2, 4)
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a method on a model needs for a batch: `fixed + per_image B`, part by part, in tensors.
+
+    Args:
+        who: method and model, for messages.
+        fixed, per_image: bytes.
+        fewest: images that the method needs to see at once.
+    """
+
+    who: str
+    fixed: MemoryParts
+    per_image: MemoryParts
+    fewest: int
+
+    def at(self, images: int) -> MemoryParts:
+        """For a batch of so many images."""
+        return self.fixed.combine(self.per_image, lambda fixed, each: fixed + each * images)
+
+
+def measure_need(adapter: Adapter, shape: Sequence[int], who: str) -> Need:
+    """The need of a new adapter for images of `shape` [C, H, W], from steps on 2 and on 4 random ones; resets it."""
+    some = next(adapter.model.parameters())
+    first, second = (_step(adapter, count, shape, some.device) for count in _PROBES)
+    adapter.reset()
+    per_image = second.combine(first, lambda two, one: (two - one) / (_PROBES[1] - _PROBES[0]))
+    fixed = first.combine(per_image, lambda one, each: one - each * _PROBES[0])
+    return Need(who, fixed, per_image, FEWEST_FOR_STATISTICS if _takes_batch_statistics(adapter) else 1)
+
+
+def _step(adapter: Adapter, count: int, shape: Sequence[int], device: torch.device) -> MemoryParts:
+    images = torch.rand(count, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    with StepMemory(adapter) as memory:
+        adapter(images.contiguous(memory_format=torch.channels_last))
+    return memory.parts
+
+
+def _takes_batch_statistics(adapter: Adapter) -> bool:
+    layers = [module for module in adapter.model.modules() if isinstance(module, AdaptiveBatchNorm2d)]
+    return any(layer.renormalise or layer.prior_n is not None or layer.alpha not in (None, 0) for layer in layers)
+
+
+def choose_batch_size(needs: Sequence[Need], wanted: int, most_mb: float, window: int = 1) -> tuple[int, str]:
+    """The largest of `wanted`, its half, its quarter and so on that every need fits into, and why, in a sentence.
+
+    Halves are taken while they are whole, so that a domain that `wanted` divides is divided too; none is below what a
+    method needs to see at once, unless `wanted` is. A window stands for the batch that methods see.
+
+    Raises:
+        InputError: not even the smallest one fits.
+    """
+    fewest = min(wanted, max(need.fewest for need in needs))
+    sizes = [wanted]
+    while sizes[-1] % 2 == 0 and sizes[-1] // 2 >= fewest:
+        sizes.append(sizes[-1] // 2)
+    for place, size in enumerate(sizes):
+        worst, parts = _worst(needs, size * window)
+        if parts.total <= 1e6 * most_mb:
+            why = f"{worst.who} needs {_mb(parts)} of {most_mb:g} MB in tensors ({parts.text()})"
+            if place:
+                why += f", and {_mb(_worst(needs, sizes[place - 1] * window)[1])} MB with {sizes[place - 1]}"
+            return size, why
+    raise InputError(
+        f"--max-memory: {worst.who} needs {_mb(parts)} MB in tensors for {sizes[-1] * window} images, the fewest that "
+        f"--batch-size {wanted} can be halved to ({parts.text()}), {parts.total / 1e6 - most_mb:.1f} MB more than "
+        f"{most_mb:g}; raise it, or choose a smaller model or a method that keeps less"
+    )
+
+
+def _worst(needs: Sequence[Need], images: int) -> tuple[Need, MemoryParts]:
+    worst = max(needs, key=lambda need: need.at(images).total)
+    return worst, worst.at(images)
+
+
+def _mb(parts: MemoryParts) -> str:
+    return f"{parts.total / 1e6:.1f}"

@@ -1,0 +1,177 @@
+"""What of the memory of an adapter is what: counted in tensors, so that it is the same on every machine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttaq.tta import Adapter
+
+__all__ = ["MemoryParts", "StepMemory"]
+
+
+@dataclass(frozen=True)
+class MemoryParts:
+    """Bytes of an adapter and of its step on a batch; storages that tensors share count once.
+
+    Not in it: the images, what a layer needs inside while it runs (workspaces of convolutions, gradients on their way
+    back), what lies between allocations, and the process with its libraries.
+
+    Args:
+        weights: parameters and buffers of the adapter's model.
+        optimizer: state of the optimizer.
+        state: every other tensor that the adapter holds: buffers of its own, other models, initial copies.
+        gradients: of the parameters that learn, while a step lasts.
+        activations: the most that autograd keeps at one time between a forward and its backward, without what is
+            counted above. 0 for a method that learns nothing by gradients.
+        layer: the largest input and output together of a single layer.
+    """
+
+    weights: float = 0
+    optimizer: float = 0
+    state: float = 0
+    gradients: float = 0
+    activations: float = 0
+    layer: float = 0
+
+    @property
+    def total(self) -> float:
+        """The sum, which is an estimate of the peak: activations and the largest layer may overlap."""
+        return float(sum(dataclasses.astuple(self)))
+
+    def row(self) -> dict[str, float]:
+        """In MB of 1e6 bytes, as rows have it."""
+        return {f"{name}_mb": value / 1e6 for name, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, float]) -> MemoryParts:
+        """Back from `row`."""
+        return cls(*(1e6 * row[f"{field.name}_mb"] for field in dataclasses.fields(cls)))
+
+    def text(self) -> str:
+        """`weights 1.2, ... MB`"""
+        return ", ".join(f"{name} {value / 1e6:.1f}" for name, value in dataclasses.asdict(self).items()) + " MB"
+
+    def combine(self, other: MemoryParts, by: Callable[[float, float], float]) -> MemoryParts:
+        """Part by part."""
+        return MemoryParts(*map(by, dataclasses.astuple(self), dataclasses.astuple(other)))
+
+
+class StepMemory:
+    """`with StepMemory(adapter) as memory: adapter(x)`, then `memory.parts`. Nothing waits for the device.
+
+    Args:
+        adapter: of which the step is.
+        holder: what holds the adapter and more tensors, such as a window; the adapter itself when None.
+    """
+
+    def __init__(self, adapter: Adapter, holder: object | None = None) -> None:
+        self._adapter = adapter
+        self._holder = adapter if holder is None else holder
+        self._layer = 0
+        self._handles: list[Any] = []
+        self._saved = _SavedTensors({})
+
+    def __enter__(self) -> StepMemory:
+        self._saved = _SavedTensors(dict.fromkeys(key for part in self._fixed() for key in part))
+        for module in self._adapter.model.modules():
+            if not any(module.children()):
+                self._handles.append(module.register_forward_hook(self._see_layer))
+        self._saved.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._saved.__exit__(kind, error, trace)
+        for handle in self._handles:
+            handle.remove()
+
+    @property
+    def parts(self) -> MemoryParts:
+        """What the step needed."""
+        weights, optimizer, state = (sum(part.values()) for part in self._fixed())
+        gradients = sum(_storages(parameter for _, parameter in self._adapter.parameters_adapted()).values())
+        return MemoryParts(weights, optimizer, state, gradients, self._saved.most, self._layer)
+
+    def _fixed(self) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
+        """Weights, optimizer and state: bytes by the place of the storage, each in the first of them that has it."""
+        model = self._adapter.model
+        weights = _storages([*model.parameters(), *model.buffers()])
+        moments = [] if self._adapter.optimizer is None else [*_tensors(dict(self._adapter.optimizer.state), set())]
+        optimizer = {key: size for key, size in _storages(moments).items() if key not in weights}
+        everything = _storages(_tensors(self._holder, set()))
+        state = {key: size for key, size in everything.items() if key not in weights and key not in optimizer}
+        return weights, optimizer, state
+
+    def _see_layer(self, module: nn.Module, inputs: tuple[object, ...], output: object) -> None:  # noqa: ARG002
+        self._layer = max(self._layer, sum(_storages(_tensors([*inputs, output], set())).values()))
+
+
+class _SavedTensors(torch.autograd.graph.saved_tensors_hooks):
+    """The most bytes that graphs keep alive at one time, other than those in `known` storages."""
+
+    def __init__(self, known: Mapping[int, object]) -> None:
+        self.known = known
+        self.most = 0
+        self._now = 0
+        self._holders: Counter[int] = Counter()
+        super().__init__(lambda tensor: _Saved(tensor, self), lambda saved: saved.tensor)
+
+    def add(self, key: int, size: int) -> None:
+        """A node of the graph keeps this storage."""
+        self._holders[key] += 1
+        if self._holders[key] == 1:
+            self._now += size
+            self.most = max(self.most, self._now)
+
+    def remove(self, key: int, size: int) -> None:
+        """And lets it go."""
+        self._holders[key] -= 1
+        if self._holders[key] == 0:
+            self._now -= size
+
+
+class _Saved:
+    """What autograd keeps in the place of a tensor."""
+
+    def __init__(self, tensor: Tensor, counts: _SavedTensors) -> None:
+        self.tensor = tensor
+        self._what = next(iter(_storages([tensor]).items()), None)
+        self._counts = counts if self._what is not None and self._what[0] not in counts.known else None
+        if self._counts is not None and self._what is not None:
+            self._counts.add(*self._what)
+
+    def __del__(self) -> None:
+        if self._counts is not None and self._what is not None:
+            self._counts.remove(*self._what)
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes of each storage by where it is."""
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.layout is torch.strided]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
+
+
+def _tensors(value: object, seen: set[int]) -> Iterator[Tensor]:
+    """Every tensor that can be reached through containers, modules and objects of ttaq."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item, seen)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for item in value:
+            yield from _tensors(item, seen)
+    elif isinstance(value, nn.Module) or type(value).__module__.split(".")[0] == "ttaq":
+        yield from _tensors(getattr(value, "__dict__", {}), seen)
