@@ -21,7 +21,7 @@ ARROWS: dict[str, set[str]] = {
     "ttaq.nn": {"ttaq.errors", "ttaq.scheme", "ttaq_kernels"},
     "ttaq.io": {"ttaq.version", "ttaq.errors", "ttaq.scheme", "ttaq.nn", "ttaq.models"},
     "ttaq.convert_foreign": {"ttaq.errors", "ttaq.io", "ttaq.models"},
-    "ttaq.ptq": {"ttaq.errors", "ttaq.scheme", "ttaq.nn", "ttaq.io", "ttaq_kernels"},
+    "ttaq.ptq": {"ttaq.errors", "ttaq.scheme", "ttaq.data", "ttaq.nn", "ttaq.io", "ttaq_kernels"},
     "ttaq.tta": {"ttaq.errors", "ttaq.data", "ttaq.nn", "ttaq_kernels"},
     "ttaq.eval": {
         "ttaq.version",

@@ -161,9 +161,30 @@ def test_weight_zero_learns_what_the_method_learns() -> None:
         ({"abl": "counts"}, "abl is 'counts', expected one of frequency, gradient, inverse, soft"),
         ({"abl": "soft", "abl_loss": "entropy"}, "abl_loss is 'entropy'"),
         ({"abl": "soft", "abl_weight": -1}, "abl_weight is -1"),
+        ({"abl": "soft", "abl_answer": -0.5}, "abl_answer is -0.5"),
         ({"abl": "soft", "abl_momentum": 1.0}, "abl_momentum is 1.0"),
     ],
 )
 def test_refuses_options_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         build("tent", batch_norm_net(), **options)
+
+
+@pytest.mark.parametrize("name", ENTROPY_LIKE)
+def test_the_answer_follows_the_classes_of_the_batch_and_learning_does_not_see_it(name: str) -> None:
+    options = OPTIONS.get(name, {})
+    plain = build(name, batch_norm_net(), **options, abl="frequency")
+    follows = build(name, batch_norm_net(), **options, abl="frequency", abl_answer=2.0)
+    for x in stream():
+        z = plain(x)
+        expected = z + 2.0 * z.softmax(1).mean(0).log()
+        torch.testing.assert_close(follows.predict(x), expected)
+        torch.testing.assert_close(follows(x), expected)
+    assert_same(plain.state_dict()["adapted"], follows.state_dict()["adapted"])
+
+
+def test_the_answer_stays_finite_for_a_class_of_probability_zero() -> None:
+    z = torch.tensor([[0.0, -200.0], [0.0, -200.0]])
+    answered = Balance(2, prior="soft", loss="soft", weight=1.0, momentum=0.9, answer=1.0).answered(z)
+    assert bool(answered.isfinite().all())
+    assert answered.argmax(1).tolist() == [0, 0]

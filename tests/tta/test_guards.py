@@ -14,7 +14,7 @@ from ttaq.errors import CheckpointError, InputError
 from ttaq.io import load_state, save_state
 from ttaq.tta import Guarded, Limits, SlidingWindow, build
 
-QUIET = Limits(drift=1e9, drift_per_batch=1e9)
+QUIET = Limits(entropy=0, classes=0, batch_classes=0, drift=1e9, drift_per_batch=1e9)
 
 
 def reasons(guarded: Guarded) -> list[str]:

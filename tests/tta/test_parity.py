@@ -164,7 +164,7 @@ def roid(s: Statement, x: Tensor, memory: dict[str, Any]) -> Tensor:
     memory["batch"] += 1
     v = p.detach().mean(0)
     smoothing = max(1 / len(x), 1 / CLASSES) / v.max()
-    return z * ((v + smoothing) / (1 + smoothing * CLASSES))
+    return z * CLASSES * ((v + smoothing) / (1 + smoothing * CLASSES))  # times C: as `ROID` says
 
 
 # Margins chosen so that some samples of these small nets are in and some out.

@@ -90,6 +90,7 @@ class Everything(Adapter):
 _ALL_RELIABLE = {"entropy_margin": 2.0, "redundancy": 2.0}
 OPTIONS: dict[str, dict[str, Any]] = {
     "cotta": {"augmentations": 2},
+    "rotta": {"capacity": 8, "update_every": 4},
     "eta": _ALL_RELIABLE,
     "eata": _ALL_RELIABLE,
     "rdumb": _ALL_RELIABLE,

@@ -82,7 +82,7 @@ def augment(
 
     Raises `InputError` for a shape other than [B, 3, H, W], another padding, and a noise that is no number >= 0.
 
-    Source: Wang et al., CoTTA, arXiv 2203.13591, section 4.1, with the ranges of its published experiments.
+    Source: the augmentation of CoTTA (Wang et al., arXiv 2203.13591) on CIFAR-C, with the ranges of its experiments.
     """
     if x.ndim != 4 or x.shape[1] != 3:
         raise InputError(f"augment: images have shape {tuple(x.shape)}, expected [B, 3, H, W]")

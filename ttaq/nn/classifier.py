@@ -33,8 +33,13 @@ def check_classes(logits: Tensor, classifier: nn.Linear, who: str) -> None:
         )
 
 
-def logits_and_features(model: nn.Module, x: Tensor, classifier: nn.Linear, who: str) -> tuple[Tensor, Tensor]:
-    """Logits of `model` on x, and the features [B, d], detached, that its `classifier` read; both are checked."""
+def logits_and_features(
+    model: nn.Module, x: Tensor, classifier: nn.Linear, who: str, *, detach: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Logits of `model` on x, and the features [B, d] that its `classifier` read; both are checked.
+
+    detach: whether the features are constants; else gradients reach the model through them.
+    """
     with reading(classifier, who) as read:
         logits: Tensor = model(x)
     if not read:

@@ -18,7 +18,9 @@ from ttaq.tta.lame import LAME
 from ttaq.tta.norm import Norm
 from ttaq.tta.norm_ema import NormEMA
 from ttaq.tta.rdumb import RDumb
+from ttaq.tta.rmt import RMT
 from ttaq.tta.roid import ROID
+from ttaq.tta.rotta import RoTTA
 from ttaq.tta.sar import SAR
 from ttaq.tta.shadow import Shadow
 from ttaq.tta.source import Source
@@ -30,7 +32,7 @@ __all__ = ["METHODS", "Adapter", "Guarded", "Limits", "Norm", "Shadow", "Sliding
 
 METHODS: dict[str, type[Adapter]] = {
     method.method: method
-    for method in (Source, Norm, Tent, ETA, EATA, RDumb, SAR, ROID, CoTTA, NormEMA, DELTA, LAME, T3A)
+    for method in (Source, Norm, Tent, ETA, EATA, RDumb, SAR, ROID, CoTTA, RMT, RoTTA, NormEMA, DELTA, LAME, T3A)
 }
 
 

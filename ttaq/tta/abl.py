@@ -15,7 +15,10 @@ entropy would cause, g_ic = -p_ic (ln p_ic + H_i) / B::
     r_c         =  1 ("frequency"),  Phi_c / mean Phi ("gradient"),  min Phi / Phi_c ("inverse"),
                    and "soft": frequency from p, Phi a running mean with momentum m, r = Phi / mean Phi
 
-The floor keeps ln pi finite for classes that have not come yet.
+The floor keeps ln pi finite for classes that have not come yet. The answer may follow the classes of the batch, which
+is what a stream that comes in bursts rewards, with the same batch v [C] = mean_i p_i::
+
+    answer   z + a ln v                                               a = 0 leaves it; uniform v changes nothing
 
 Differs from the paper (arXiv 2412.09899, section 3.4): its numbered equations are not public, so these are readings of
 its text with the two works that it builds on, logit adjustment (Menon et al., arXiv 2007.07314) and class gradients
@@ -51,16 +54,20 @@ class Balance(nn.Module):
     pi: Tensor
     phi: Tensor
 
-    def __init__(self, classes: int, *, prior: str, loss: str, weight: float, momentum: float) -> None:
+    def __init__(
+        self, classes: int, *, prior: str, loss: str, weight: float, momentum: float, answer: float = 0.0
+    ) -> None:
         super().__init__()
         for name, got, known in (("abl", prior, get_args(Prior)), ("abl_loss", loss, get_args(Loss))):
             if got not in known:
                 raise InputError(f"Balance: {name} is {got!r}, expected one of {', '.join(known)}, or abl None")
-        if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
-            raise InputError(f"Balance: abl_weight is {weight!r}, expected a number >= 0")
+        for name, number in (("abl_weight", weight), ("abl_answer", answer)):
+            if not isinstance(number, int | float) or not 0 <= number < float("inf"):
+                raise InputError(f"Balance: {name} is {number!r}, expected a number >= 0")
         if not isinstance(momentum, int | float) or not 0 <= momentum < 1:
             raise InputError(f"Balance: abl_momentum is {momentum!r}, expected a number in [0, 1)")
         self.prior, self.loss, self.weight, self.momentum = prior, loss, float(weight), float(momentum)
+        self.answer = float(answer)
         self.register_buffer("pi", torch.full((classes,), 1 / classes))
         self.register_buffer("phi", torch.zeros(classes))
 
@@ -86,6 +93,13 @@ class Balance(nn.Module):
             per_sample = per_sample if weights is None else weights * per_sample
         count = len(logits) if weights is None else weights.float().sum().clamp(min=1e-6)
         return self.weight * per_sample.sum() / count
+
+    def answered(self, logits: Tensor) -> Tensor:
+        """The logits of the answer: z + a ln v."""
+        if not self.answer:
+            return logits
+        mean = logits.detach().float().softmax(1).mean(0)
+        return logits + (self.answer * mean.clamp(min=1e-30).log()).to(logits.dtype)
 
     @torch.no_grad()
     def observe(self, logits: Tensor, features: Tensor | None, weights: Tensor | None) -> None:

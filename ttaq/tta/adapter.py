@@ -40,6 +40,8 @@ class Adapter(nn.Module):
     alone changes nothing. Random numbers come from `generator`, whose seed is the number of the batch, so that there
     is no state of theirs to keep.
 
+    resizable: names of buffers that begin with 0 elements and take their shape, but for the first dimension, from the
+        first images that come.
     waits: the step reads values of tensors on the host, which on a GPU waits for it; False wherever it can be.
     source_images: how many images of the data that the model was trained on the method wants when it is built; a
         method that wants some takes them as `source_images`.
@@ -49,6 +51,7 @@ class Adapter(nn.Module):
 
     method: ClassVar[str]
     source_images: ClassVar[int] = 0
+    resizable: ClassVar[tuple[str, ...]] = ()
     waits: ClassVar[bool] = False
     tallies: ClassVar[tuple[str, ...]] = ()
     stopwatch: Stopwatch | None = None
@@ -78,8 +81,9 @@ class Adapter(nn.Module):
         optimizer: torch.optim.Optimizer | None = None,
         buffers: Iterable[str] = (),
     ) -> None:
-        """Declare what the method learns: `parameters` of `self.model` by name, with `optimizer`. Ends `__init__`.
+        """Declare what the method learns: `parameters` by name, with `optimizer`. Ends `__init__`.
 
+        parameters: of `self.model`, and of modules of the adapter itself under names that the model does not have.
         buffers: names of buffers of `self.model` that a step changes in place; their state is in the part "extra".
         """
         parameters = parameters or {}
@@ -202,7 +206,7 @@ class Adapter(nn.Module):
         mutable = self._mutable()
         for part, values in self._initial.items():
             for name, value in values.items():
-                mutable[part][name].copy_(value)
+                _overwrite(mutable[part][name], value)
         if self.optimizer is not None:
             zero_state(self.optimizer)
         torch.clear_autocast_cache()
@@ -239,10 +243,10 @@ class Adapter(nn.Module):
         options or another source model.
         """
         mutable = self._mutable()
-        check_state(self._who, state, {**self._identity(), "counters": self._seen, **mutable})
+        check_state(self._who, state, {**self._identity(), "counters": self._seen, **mutable}, self.resizable)
         for part, values in mutable.items():
             for name, value in values.items():
-                value.copy_(state[part][name])
+                _overwrite(value, state[part][name])
         torch.clear_autocast_cache()
         self._seen = dict(state["counters"])
 
@@ -271,7 +275,9 @@ class Adapter(nn.Module):
         """Find out, once for every kind of images, what only the model knows: whether it turns them into logits."""
         kind = f"[B, {', '.join(map(str, x.shape[1:]))}] and {x.dtype}"
         try:
-            logits = self.model(x)
+            # What a model draws here, it does not draw again when a stream is continued.
+            with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+                logits = self.model(x)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -319,3 +325,12 @@ class Adapter(nn.Module):
         self._source = None
         self._accepted.clear()
         return self
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _overwrite(tensor: Tensor, value: Tensor) -> None:
+    """In place; where the shapes differ, `tensor` takes that of `value`, and gives its memory back."""
+    if tensor.shape != value.shape:
+        tensor.set_(torch.empty_like(value, device=tensor.device))  # type: ignore[call-overload]
+    tensor.copy_(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -12,11 +12,11 @@ from ttaq.errors import CheckpointError
 __all__ = ["check_state"]
 
 
-def check_state(who: str, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def check_state(who: str, state: Mapping[str, Any], own: Mapping[str, Any], resizable: Collection[str] = ()) -> None:
     """Raise `CheckpointError` in the name of `who` unless `state` can be loaded where `own` is the present state.
 
     Same method, same options, same source hash; counters that count; and in every other part the same names with
-    tensors of the same shape and dtype.
+    tensors of the same shape and dtype; of those in `resizable` the first dimension.
     """
     _same_names(who, "the state", state, own)
     _same_names(who, "options", state["options"], own["options"])
@@ -35,12 +35,16 @@ def check_state(who: str, state: Mapping[str, Any], own: Mapping[str, Any]) -> N
     for part in own.keys() - {"method", "options", "source", "counters"}:
         _same_names(who, part, state[part], own[part])
         for name, tensor in own[part].items():
-            if (got := _kind(state[part][name])) != _kind(tensor):
-                raise CheckpointError(f"{who}: {part} {name} is {got}, expected {_kind(tensor)}; the state is damaged")
+            free = name in resizable
+            if (got := _kind(state[part][name], free)) != (expected := _kind(tensor, free)):
+                raise CheckpointError(f"{who}: {part} {name} is {got}, expected {expected}; the state is damaged")
 
 
-def _kind(value: object) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+def _kind(value: object, resizable: bool) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    shape = (*value.shape[:1], *("any" for _ in value.shape[1:])) if resizable else tuple(value.shape)
+    return f"{value.dtype} {shape}"
 
 
 def _same_names(who: str, what: str, got: object, expected: Mapping[str, object]) -> None:

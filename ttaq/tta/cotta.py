@@ -79,7 +79,7 @@ class CoTTA(NormLearner):
     and a backward whatever the confidence, as in the authors' code for CIFAR, and the memory that of one forward. In a
     quantized model weights on grids are not learned.
 
-    Source: Wang et al., "Continual test-time domain adaptation", arXiv 2203.13591, equations 1 to 8.
+    Source: Wang et al., "Continual test-time domain adaptation", arXiv 2203.13591, section 3.
     """
 
     method: ClassVar[str] = "cotta"

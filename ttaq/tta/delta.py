@@ -56,15 +56,16 @@ class DELTA(NormLearner):
         y = ((x - mean) / std * sg[std / s] + sg[(mean - m) / s]) * weight + bias  =  (x - m) / s * weight + bias
         m <- statistics_momentum m + (1 - statistics_momentum) mean                   after use; s the same with std
 
-    The first batch has its own statistics for m and s, and leaves them there.
+    m and s begin with the statistics of the first batch, which is normalised with them.
 
     Where no sample is used, nothing is learned. The logits returned are those of the forward before the update.
 
     Args:
-        as in `ttaq.tta.norm_learner.NormOptions`; the paper uses SGD with lr 2.5e-4 for ResNet-50 in batches of 64, and
-        loss, prior_momentum, statistics_momentum: as above; 0.95 for both in the paper.
-        renormalise, reweight: whether there is TBR (else batch norm on the statistics of the batch) and DOT (else w is
-            1). Layer and group norm need no TBR.
+        as in `ttaq.tta.norm_learner.NormOptions`; the paper uses SGD with lr 2.5e-4 for ResNet-50 in batches of 64.
+        loss: as above. prior_momentum, statistics_momentum: as above, 0.95 both in the paper.
+        renormalise: whether there is TBR; else batch norm runs on the statistics of the batch. Layer and group norm
+            stay as they are.
+        reweight: whether there is DOT; else w is 1.
 
     Errors: `InputError` for options out of range, and for a model without norms or without a last linear layer.
 
@@ -73,7 +74,7 @@ class DELTA(NormLearner):
     Differs from the paper: in nothing; the samples left out run through the backward with weight 0, and frequencies
     count as 1e-12 at least.
 
-    Source: Zhao et al., "DELTA: degradation-free fully test-time adaptation", arXiv 2301.13018, sections 3.2 and 3.3.
+    Source: Zhao et al., "DELTA: degradation-free fully test-time adaptation", arXiv 2301.13018.
     """
 
     method: ClassVar[str] = "delta"
@@ -126,6 +127,7 @@ class DELTA(NormLearner):
             weights, count = torch.where(used, weights, 0.0), used.sum()
             self.tally(used=count)
         if self.settings.loss == "pseudo_label":
+            # As logits: e^-1e4 is 0, and unlike -inf it makes no loss infinite.
             certain = torch.full_like(logits, -1e4).scatter_(1, label.unsqueeze(1), 0.0)
             loss = softmax_cross_entropy(logits, certain, weights, self.offset)
         else:
@@ -133,7 +135,7 @@ class DELTA(NormLearner):
         self.learn(loss.sum() / count.clamp(min=1), logits, features, weights, when=count > 0)
         running_mean_(self.frequency, p.mean(0), self.settings.prior_momentum)
         self._move_statistics()
-        return logits
+        return self.answered(logits)
 
     def _class_weights(self, label: Tensor) -> Tensor:
         """w_i, with mean 1 over the batch."""

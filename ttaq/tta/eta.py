@@ -87,7 +87,7 @@ class ETA(NormLearner):
         with torch.no_grad():
             mean = (p * chosen.unsqueeze(1)).sum(0) / count.clamp(min=1)
             running_mean_(self.mean_prediction, mean, torch.where(started, 0.9, 0.0), when=count > 0)
-        return logits
+        return self.answered(logits)
 
     def anchor(self) -> Tensor:
         """What holds the parameters where they were: nothing here."""

@@ -17,6 +17,8 @@ from ttaq.tta.adapter import Adapter
 __all__ = ["REASONS", "Guarded", "Limits"]
 
 REASONS = ("nonfinite", "entropy", "classes", "spike", "drift")
+_FROM_BELOW = ("entropy", "classes", "batch_classes")
+_REASON_OF = {"batch_classes": "classes", "drift_per_batch": "drift"}
 _HORIZON = 2000  # images that the running means remember, more for many classes
 _MOST_DOUBLINGS = 6
 _FEWEST = 16  # images of which the share of each class means something
@@ -65,7 +67,7 @@ class Alarm(NamedTuple):
 class Guarded:
     """`logits = guarded(x)`: the adapter's, unless a guard finds that adaptation went wrong.
 
-    After each batch a handful of figures, computed on the device, is read once:
+    After each batch a handful of figures, computed on the device, is read once (`signals`, by the names of the limits):
 
         nonfinite   a logit is NaN or infinite
         entropy     the running mean of the entropy is below its limit
@@ -94,6 +96,7 @@ class Guarded:
             raise InputError(f"Guarded: got {type(adapter).__name__}, expected an adapter of ttaq.tta")
         self.adapter = adapter
         self.limits = limits or Limits()
+        self.signals: dict[str, float] = {}
         self.alarms: list[Alarm] = []
         self._begin()
 
@@ -247,14 +250,17 @@ class Guarded:
         keep = math.exp(-batch / _HORIZON)
         self._entropy = keep * self._entropy + (1 - keep) * entropy
         own = own / math.log(min(batch, classes)) if batch >= _FEWEST else 1.0
-        limits = self.limits
-        per_batch = limits.drift_per_batch * self._numbers["since"]
-        checks = (
-            ("entropy", self._entropy, limits.entropy, self._entropy < limits.entropy),
-            ("classes", diversity, limits.classes, diversity < limits.classes),
-            ("classes", own, limits.batch_classes, own < limits.batch_classes),
-            ("spike", rise, limits.spike, rise > limits.spike),
-            ("drift", drift, per_batch, drift > per_batch),
-            ("drift", drift, limits.drift, drift > limits.drift),
-        )
-        return next((Alarm(number, reason, value, limit) for reason, value, limit, wrong in checks if wrong), None)
+        since, limits = max(self._numbers["since"], 1), self.limits
+        self.signals = {
+            "entropy": self._entropy,
+            "classes": diversity,
+            "batch_classes": own,
+            "spike": rise,
+            "drift_per_batch": drift / since,
+            "drift": drift,
+        }
+        for name, value in self.signals.items():
+            limit = getattr(limits, name)
+            if value < limit if name in _FROM_BELOW else value > limit:
+                return Alarm(number, _REASON_OF.get(name, name), value, limit)
+        return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -17,16 +16,13 @@ __all__ = ["LAME"]
 
 Kernel = Literal["rbf", "knn", "linear"]
 
-_SETTLED = 1e-8
-
 
 class LAME(Adapter):
     """Probabilities of a batch that agree with the source model and with those of images near by; nothing is learned.
 
     With p [B, C] of the source model, its features h [B, d] of length 1 and a kernel K [B, B]::
 
-        u = -ln(p + 1e-10),   Y = softmax(-u),   then again and again   Y <- softmax(-u + K Y)
-        until E = sum(u Y - (K Y_before) Y + Y ln Y) changes by no more than 1e-8 of itself
+        u = -ln(p + 1e-10),   Y = softmax(-u),   then `iterations` times   Y <- softmax(-u + K Y)
 
         "rbf"     K_ij = exp(-|h_i - h_j|^2 / 2 s^2),  s = mean distance to the `neighbours`-th nearest, oneself the 1st
         "knn"     K_ij = 1 where j is one of the `neighbours` nearest of i, without i; else 0
@@ -37,7 +33,7 @@ class LAME(Adapter):
     Args:
         kernel: as above. neighbours: 5 in the literature, fewer in a batch that has no more. symmetric: whether "knn"
             becomes (K + K^T) / 2; the others are symmetric.
-        iterations: at most so many.
+        iterations: 100 in the paper.
 
     A batch of one image gets the answer of the source model. Meant for streams whose neighbouring images are of the
     same class; on others it makes things worse. Errors: `InputError` for options out of range, and for a model that
@@ -45,10 +41,10 @@ class LAME(Adapter):
 
     State: counters only. Weights and statistics never change: batch norm keeps those of the source.
 
-    Differs from the paper: in nothing. All `iterations` run, with Y held still where E has settled, so that the device
-    decides; E is a float32 sum.
+    Differs from the paper: it stops early where E = sum(u Y - (K Y_before) Y + Y ln Y) changes by no more than 1e-8 of
+    itself. Here all `iterations` run, so that the host never waits for E: what they still change is within rounding.
 
-    Source: Boudiaf et al., "Parameter-free online test-time adaptation", arXiv 2201.05718, equations 5 to 7.
+    Source: Boudiaf et al., "Parameter-free online test-time adaptation", arXiv 2201.05718.
     """
 
     method: ClassVar[str] = "lame"
@@ -90,14 +86,8 @@ class LAME(Adapter):
     def _settle(self, p: Tensor, kernel: Tensor) -> Tensor:
         u = -(p + 1e-10).log()
         log_y = (-u).log_softmax(1)
-        before = log_y.new_full((), math.nan)
-        settled = torch.zeros_like(before, dtype=torch.bool)
         for _ in range(self.options["iterations"]):
-            pull = kernel @ log_y.exp()
-            log_y = torch.where(settled, log_y, (pull - u).log_softmax(1))
-            energy = (log_y.exp() * (u - pull + log_y)).sum()
-            settled = settled | ((energy - before).abs() <= _SETTLED * before.abs())
-            before = energy
+            log_y = (kernel @ log_y.exp() - u).log_softmax(1)
         return log_y
 
     def _kernel(self, features: Tensor) -> Tensor:

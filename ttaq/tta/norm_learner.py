@@ -26,8 +26,8 @@ class NormOptions:
     lr: learning rate. optimizer: "adam" (betas 0.9, 0.999) or "sgd" (`momentum`, `nesterov`, dampening 0); no weight
         decay.
     abl: None, or the prior of the adaptive balance loss (`ttaq.tta.abl`): "frequency", "gradient", "inverse" or
-        "soft". abl_loss: "soft", "hard" or "offset". abl_weight: of its term; 0 with abl is that without, but slower.
-        abl_momentum: of the prior.
+        "soft". abl_loss: "soft", "hard" or "offset". abl_weight: of its term, 0 for none. abl_momentum: of the prior.
+        abl_answer: how much the answer follows the classes of the batch.
     """
 
     lr: float = 1e-3
@@ -38,13 +38,15 @@ class NormOptions:
     abl_loss: str = "soft"
     abl_weight: float = 1.0
     abl_momentum: float = 0.9
+    abl_answer: float = 0.0
 
 
 class NormLearner(Adapter):
     """A method whose parameters are weight and bias of every batch, layer and group norm; all else is frozen.
 
     Batch norm runs on the statistics of the batch. A subclass names its dataclass of options in `Options`, finds them
-    in `self.settings`, registers its buffers in `prepare`, and its `step` calls `see` and then `learn`.
+    in `self.settings`, registers its buffers in `prepare`, and its `step` calls `see`, then `learn`, and returns what
+    `answered` says.
     """
 
     Options: ClassVar[type[NormOptions]] = NormOptions
@@ -80,6 +82,7 @@ class NormLearner(Adapter):
                 loss=chosen.abl_loss,
                 weight=chosen.abl_weight,
                 momentum=chosen.abl_momentum,
+                answer=chosen.abl_answer,
             ).to(next(iter(affine.values())).device)
         self.prepare(affine, source_images)
         self.adapt(affine, optimizer, self.changing_buffers())
@@ -115,6 +118,13 @@ class NormLearner(Adapter):
         if self._classifier is not None:
             check_classes(logits, self._classifier, self._who)
         return logits, None
+
+    def answered(self, logits: Tensor) -> Tensor:
+        """What `step` returns for these logits of the model."""
+        return logits if self.balance is None else self.balance.answered(logits)
+
+    def answer(self, x: Tensor) -> Tensor:
+        return self.answered(self.see(x)[0])
 
     @property
     def offset(self) -> Tensor | None:

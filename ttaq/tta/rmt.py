@@ -71,7 +71,7 @@ class RMT(NormLearner):
     a quantized model weights on grids are not learned.
 
     Source: Döbler et al., "Robust mean teacher for continual and gradual test-time adaptation", arXiv 2211.13081,
-    equations 1 to 6.
+    section 3.
     """
 
     method: ClassVar[str] = "rmt"
@@ -82,22 +82,20 @@ class RMT(NormLearner):
     prototypes: Tensor
     teacher: Teacher
     projector: nn.Sequential
+    _head: nn.Linear
 
     def choose(self, affine: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         some = next(iter(affine.values()))
-        self.projector = _projector(find_classifier(self.model, "RMT").in_features).to(some)
+        self._head = find_classifier(self.model, "RMT")
+        self.projector = _projector(self._head.in_features).to(some)
         own = {f"{_PROJECTOR}{name}": parameter for name, parameter in self.projector.named_parameters()}
         return {**live_parameters(self.model), **own}
 
     def prepare(self, affine: dict[str, nn.Parameter], source_images: Tensor | None) -> None:
-        chosen = self.settings
-        for name, low, high in (
-            ("teacher_momentum", 0.0, 1.0),
-            ("contrast_weight", 0.0, math.inf),
-            ("temperature", 1e-3, math.inf),
-        ):
-            value = getattr(chosen, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high < math.inf:
+        ranges = {"teacher_momentum": (0.0, 1.0), "contrast_weight": (0.0, 1e6), "temperature": (1e-3, 1e3)}
+        for name, (low, high) in ranges.items():
+            value = getattr(self.settings, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
                 raise InputError(f"RMT: {name} is {value!r}, expected a number from {low:g} to {high:g}")
         if source_images is None or source_images.ndim != 4 or len(source_images) < 1:
             got = "None" if source_images is None else f"shape {tuple(source_images.shape)}"
@@ -126,21 +124,17 @@ class RMT(NormLearner):
         count = belongs.sum(0).unsqueeze(1)
         # The rows by what they do, which a packed layer tells too.
         unit = torch.eye(features.shape[1], device=device, dtype=read[0][1].dtype)
-        rows = (self._linear(unit) - self._linear(torch.zeros_like(unit[:1]))).float().T
+        rows: Tensor = (self._head(unit) - self._head(torch.zeros_like(unit[:1]))).float().T
         rows = functional.normalize(rows) * features.norm(dim=1).mean()
         return torch.where(count > 0, belongs.T @ features / count.clamp(min=1), rows)
 
-    @property
-    def _linear(self) -> nn.Linear:
-        return find_classifier(self.model, "RMT")
-
     def _read(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and features of the student, with gradients."""
-        return logits_and_features(self.model, x, self._linear, "RMT", detach=False)
+        return logits_and_features(self.model, x, self._head, "RMT", detach=False)
 
     def step(self, x: Tensor) -> Tensor:
         """The logits of student and teacher, then a step of each."""
-        taught = self.teacher(self.model, x)
+        taught: Tensor = self.teacher(self.model, x)
         logits, features = self._read(x)
         others, features_of_others = self._read(augment(x, self.generator()))
         direct = softmax_cross_entropy(logits, taught, None, self.offset, symmetric=True)
@@ -153,7 +147,7 @@ class RMT(NormLearner):
         return logits + taught
 
     def answer(self, x: Tensor) -> Tensor:
-        taught = self.teacher(self.model, x)
+        taught: Tensor = self.teacher(self.model, x)
         return self._read(x)[0] + taught
 
     def _contrast(self, features: Tensor, others: Tensor) -> Tensor:
@@ -168,13 +162,14 @@ class RMT(NormLearner):
             itself = torch.eye(len(views), dtype=torch.bool, device=views.device)
             positive = (sample.unsqueeze(0) == sample.unsqueeze(1)) & ~itself
             log_share = alike.masked_fill(itself, -math.inf).log_softmax(1)
-            return -torch.where(positive, log_share, 0.0).sum(1).mean() / 2
+            loss: Tensor = -torch.where(positive, log_share, 0.0).sum(1).mean() / 2
+            return loss
 
 
 def _projector(features: int) -> nn.Sequential:
     """d -> 128 -> ReLU -> 128, initialised as torch does, but always to the same values."""
     generator = torch.Generator().manual_seed(0)
-    layers = [nn.utils.skip_init(nn.Linear, width, _PROJECTED) for width in (features, _PROJECTED)]
+    layers = [nn.Linear(width, _PROJECTED, device="meta").to_empty(device="cpu") for width in (features, _PROJECTED)]
     with torch.no_grad():
         for layer in layers:
             bound = 1 / math.sqrt(layer.in_features)

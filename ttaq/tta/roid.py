@@ -43,7 +43,7 @@ class ROID(NormLearner):
 
     and the answer, with v the mean of p over the batch, smoothed by s = max(1/B, 1/C) / max v::
 
-        z_ic (v_c + s) / (1 + s C)
+        z_ic C (v_c + s) / (1 + s C)
 
     Args:
         as in `ttaq.tta.norm_learner.NormOptions`. lr: the literature uses 1e-3 with Adam for CIFAR-C, and with SGD
@@ -56,8 +56,9 @@ class ROID(NormLearner):
 
     State: the norm parameters, optimizer, q, and how many samples were `chosen`.
 
-    Differs from the paper: the sums are divided by the size of the batch, not by a configured one, and the consistency
-    term also forwards the samples whose weight is 0, which keeps every shape fixed.
+    Differs from the paper: the factor of the answer is C times its, so that a uniform v leaves the logits, and with
+    them the confidence, as they are; the sums are divided by the size of the batch, not by a configured one; the
+    consistency term also forwards the samples whose weight is 0, which keeps every shape fixed.
 
     Source: Marsden et al., "Universal test-time adaptation through weight ensembling, diversity weighting, and prior
     correction", arXiv 2306.00650, section 3.
@@ -93,10 +94,11 @@ class ROID(NormLearner):
         self.learn(loss.sum() / len(x), logits, features, weights)
         self._ensemble()
         running_mean_(self.mean_prediction, p.mean(0), 0.9)
-        return self._corrected(logits)
+        return self.answered(logits)
 
-    def answer(self, x: Tensor) -> Tensor:
-        return self._corrected(self.see(x)[0])
+    def answered(self, logits: Tensor) -> Tensor:
+        """With the correction of the prior, and what the balance of the classes makes of it."""
+        return super().answered(self._corrected(logits))
 
     def _weights(self, p: Tensor, entropy: Tensor) -> Tensor:
         similarity = functional.cosine_similarity(self.mean_prediction.to(p.dtype).unsqueeze(0), p, dim=1)
@@ -115,7 +117,7 @@ class ROID(NormLearner):
         batch, classes = logits.shape
         mean = logits.detach().float().softmax(1).mean(0)
         smoothing = max(1 / batch, 1 / classes) / mean.max()
-        return logits * ((mean + smoothing) / (1 + smoothing * classes)).to(logits.dtype)
+        return logits * (classes * (mean + smoothing) / (1 + smoothing * classes)).to(logits.dtype)
 
 
 def _minmax(values: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ class SAR(NormLearner):
             self.put(here)
             raise
         self._look_back((entropy * chosen).sum() / count.clamp(min=1), count > 0)
-        return logits
+        return self.answered(logits)
 
     def _ascend(self, loss: Tensor, parameters: list[nn.Parameter]) -> None:
         """theta' = theta + radius g / (||g|| + 1e-12)"""

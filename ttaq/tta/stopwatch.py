@@ -20,6 +20,7 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._gpu = device.type == "cuda"
         self._begin = 0.0
         self._seconds = 0.0
@@ -51,5 +52,5 @@ class Stopwatch:
 
     def _mark(self) -> None:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         self._events.append(event)

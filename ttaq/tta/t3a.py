@@ -28,8 +28,8 @@ class T3A(Adapter):
 
     Args:
         keep: M, how many supports a class keeps. The paper chooses from 1, 5, 20, 50, 100 and all; all of them (its -1)
-            would need memory without bound. The bank takes classes * keep * d * 4 bytes: 164 MB for 1,000 classes of
-            2,048 features and keep 20.
+            would need memory without bound. The bank takes classes * keep * d * 4 bytes, 164 MB for 1,000 classes of
+            2,048 features and keep 20, and what `reset` returns to as much again.
 
     Errors: `InputError` for a keep that is no count, and for a model that does not end with a linear layer.
 
@@ -40,7 +40,7 @@ class T3A(Adapter):
     that the classifier takes it for.
 
     Source: Iwasawa and Matsuo, "Test-time classifier adjustment module for model-agnostic domain generalization",
-    NeurIPS 2021, equations 3 to 6.
+    NeurIPS 2021.
     """
 
     method: ClassVar[str] = "t3a"
