@@ -1,6 +1,7 @@
 """Makes the small run in child processes that are killed (SIGKILL) at every place where it matters, one after another.
 
-Usage: run_and_die.py ROWS. Prints how each child ended; the last one has to finish the run.
+Usage: run_and_die.py ROWS [N]. N: batches after which a state is saved. Prints how each child ended; the last one has
+to finish the run.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ DEATHS = [
 ]
 
 
-def main(path: Path) -> None:
+def main(path: Path, every: int | None) -> None:
     torch.set_num_threads(1)  # A child has none of its parent's other threads.
     model, domains = small_model(), Domains(STREAM)
     Tent(model)  # Loads what an optimizer needs, once for all children.
@@ -94,11 +95,11 @@ def main(path: Path) -> None:
             if death is not None:
                 death()
             with RowFile(path) as rows:
-                run(model, "tent", domains, rows, options=OPTIONS)
+                run(model, "tent", domains, rows, options=OPTIONS, checkpoint_every=every)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         print("finished" if death is None else death.__name__, os.waitstatus_to_exitcode(status), flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)

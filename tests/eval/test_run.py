@@ -92,11 +92,13 @@ def test_a_complete_cell_does_nothing_and_another_option_is_another_cell(tmp_pat
     assert len(make(path, lr=0.02)) == 4
 
 
-def test_killed_at_every_place_and_continued_makes_the_same_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [None, 1], ids=["domains", "batches"])
+def test_killed_at_every_place_and_continued_makes_the_same_rows(tmp_path: Path, every: int | None) -> None:
     make(tmp_path / "whole.jsonl", **OPTIONS)
     script = Path(__file__).with_name("run_and_die.py")
     path = tmp_path / "killed.jsonl"
-    done = subprocess.run([sys.executable, script, path], capture_output=True, text=True, timeout=120)
+    flags = [] if every is None else [str(every)]
+    done = subprocess.run([sys.executable, script, path, *flags], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     ends = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
     assert ends.pop("finished") == "0", done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -30,6 +31,12 @@ def test_the_source_answers_while_the_method_adapts(name: str, net: str) -> None
         assert torch.equal(shadow.adapted, alone(x))
     assert shadow.counters == alone.counters
     assert_same(shadow.adapter.state_dict(), alone.state_dict())
+
+
+def test_takes_images_and_nothing_else() -> None:
+    assert list(inspect.signature(Shadow.__call__).parameters) == ["self", "x"]
+    with pytest.raises(TypeError):
+        make("source")(stream(1)[0], torch.zeros(4, dtype=torch.int64))
 
 
 def test_predict_changes_nothing() -> None:

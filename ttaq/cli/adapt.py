@@ -23,7 +23,7 @@ from ttaq.eval.checkpoint import refuse_what_is_there
 from ttaq.eval.datasets import choose_preprocessing
 from ttaq.eval.rows import cell_of
 from ttaq.eval.run import row_options
-from ttaq.tta import METHODS, build
+from ttaq.tta import METHODS, Shadow, build
 
 __all__ = ["IF_INTERRUPTED", "add_arguments", "execute"]
 
@@ -121,7 +121,9 @@ def _try_methods(
             in_rows[model.info.model_hash, method] = row_options(adapter, images)
             if args.max_memory is not None:
                 shape = next(domains.batches(0))[0].shape[1:]
-                needs.append(measure_need(adapter.to(device), shape, f"{method} on {model.info.scheme}"))
+                adapter = adapter.to(device)
+                stepper = Shadow(adapter, model.model) if args.shadow else adapter
+                needs.append(measure_need(stepper, shape, f"{method} on {model.info.scheme}"))
     return in_rows, needs
 
 

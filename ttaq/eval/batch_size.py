@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from ttaq.errors import InputError
-from ttaq.eval.memory_parts import MemoryParts, StepMemory
+from ttaq.eval.measure import adapter_of
+from ttaq.eval.memory_parts import HORIZON, MemoryParts, StepMemory
 from ttaq.nn import AdaptiveBatchNorm2d
-from ttaq.tta import Adapter
+from ttaq.tta import Adapter, Shadow
 
 __all__ = ["FEWEST_FOR_STATISTICS", "Need", "choose_batch_size", "measure_need"]
 
@@ -40,21 +41,32 @@ class Need:
         return self.fixed.combine(self.per_image, lambda fixed, each: fixed + each * images)
 
 
-def measure_need(adapter: Adapter, shape: Sequence[int], who: str) -> Need:
-    """The need of a new adapter for images of `shape` [C, H, W], from steps on 2 and on 4 random ones; resets it."""
-    some = next(adapter.model.parameters())
-    first, second = (_step(adapter, count, shape, some.device) for count in _PROBES)
-    adapter.reset()
+def measure_need(stepper: Adapter | Shadow, shape: Sequence[int], who: str) -> Need:
+    """The need of a new adapter for images of `shape` [C, H, W], from steps on 2 and 4 random ones; resets it.
+
+    A method that does not learn from every batch gets more of them, until it has learned once.
+    """
+    adapter = adapter_of(stepper)
+    _step(stepper, _PROBES[0], shape)  # in which layers make what they keep
+    first, second = (_step(stepper, count, shape) for count in _PROBES)
+    stepper.reset()
     per_image = second.combine(first, lambda two, one: (two - one) / (_PROBES[1] - _PROBES[0]))
     fixed = first.combine(per_image, lambda one, each: one - each * _PROBES[0])
     return Need(who, fixed, per_image, FEWEST_FOR_STATISTICS if _takes_batch_statistics(adapter) else 1)
 
 
-def _step(adapter: Adapter, count: int, shape: Sequence[int], device: torch.device) -> MemoryParts:
-    images = torch.rand(count, *shape, generator=torch.Generator().manual_seed(0)).to(device)
-    with StepMemory(adapter) as memory:
-        adapter(images.contiguous(memory_format=torch.channels_last))
-    return memory.parts
+def _step(stepper: Adapter | Shadow, count: int, shape: Sequence[int]) -> MemoryParts:
+    adapter = adapter_of(stepper)
+    images = torch.rand(count, *shape, generator=torch.Generator().manual_seed(0))
+    images = images.to(next(adapter.model.parameters()).device, memory_format=torch.channels_last)
+    parts = MemoryParts()
+    for _ in range(HORIZON // count):
+        with StepMemory(adapter, stepper) as memory:
+            stepper(images)
+        parts = parts.combine(memory.parts, max)
+        if StepMemory.seen_all(adapter, parts):
+            break
+    return parts
 
 
 def _takes_batch_statistics(adapter: Adapter) -> bool:
@@ -84,7 +96,7 @@ def choose_batch_size(needs: Sequence[Need], wanted: int, most_mb: float, window
             return size, why
     raise InputError(
         f"--max-memory: {worst.who} needs {_mb(parts)} MB in tensors for {sizes[-1] * window} images, the fewest that "
-        f"--batch-size {wanted} can be halved to ({parts.text()}), {parts.total / 1e6 - most_mb:.1f} MB more than "
+        f"--batch-size {wanted} can be halved to ({parts.text()}), {parts.total / 1e6 - most_mb:.3g} MB more than "
         f"{most_mb:g}; raise it, or choose a smaller model or a method that keeps less"
     )
 
@@ -95,4 +107,4 @@ def _worst(needs: Sequence[Need], images: int) -> tuple[Need, MemoryParts]:
 
 
 def _mb(parts: MemoryParts) -> str:
-    return f"{parts.total / 1e6:.1f}"
+    return f"{parts.total / 1e6:.3g}"

@@ -58,4 +58,4 @@ def _latency(rows: list[Row]) -> list[str]:
 
 
 def _memory(rows: list[Row]) -> list[str]:
-    return [f"{max(row['memory'][part] for row in rows if _split(row)):.1f}" for part in _PARTS]
+    return [f"{max(row['memory'][part] for row in rows if _split(row)):.3g}" for part in _PARTS]

@@ -15,7 +15,7 @@ from ttaq.errors import InputError
 from ttaq.eval.domains import Domains
 from ttaq.eval.latency import Latency
 from ttaq.eval.memory import PeakMemory
-from ttaq.eval.memory_parts import MemoryParts, StepMemory
+from ttaq.eval.memory_parts import HORIZON, MemoryParts, StepMemory
 from ttaq.eval.metrics import Scores
 from ttaq.eval.plan import Recipe, recipe_name
 from ttaq.tta import Adapter, Shadow, SlidingWindow
@@ -57,6 +57,10 @@ class Measurement:
             self._shadow.add(adapted, labels)
         self._latency.add(*times)
         self.batches += 1
+
+    def watches(self, adapter: Adapter, window: int) -> bool:
+        """Whether the next step has something to say of the memory: until the first that learns, for some images."""
+        return self._scores.count < max(HORIZON, window) and not StepMemory.seen_all(adapter, self._parts)
 
     def add_memory(self, parts: MemoryParts) -> None:
         """What a step needed."""
@@ -123,7 +127,7 @@ def measure_domain(
 
     Latency is the time of `stepper(images)` per batch, prediction and update together and each for itself, in ms; the
     images are already on the device, in channels_last, and a GPU is waited for before and after. The parts of the
-    memory are those of the first batch, or of the first that fill a window.
+    memory are those of the first batches, until the method has learned once.
 
     Args:
         saved: of a `Measurement` of this domain, to go on from; the stepper is where it was then.
@@ -142,8 +146,7 @@ def measure_domain(
             measured.load_state_dict(saved)
         for images, labels, recipe in domains.batches(index, measured.batches):
             images = images.to(device, memory_format=torch.channels_last)
-            looks = measured.batches < domains.stream.window
-            memory = StepMemory(adapter, stepper) if looks else None
+            memory = StepMemory(adapter, stepper) if measured.watches(adapter, domains.stream.window) else None
             _wait(device)
             begin = time.perf_counter()
             with memory or contextlib.nullcontext():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -14,15 +14,18 @@ from torch import Tensor, nn
 
 from ttaq.tta import Adapter
 
-__all__ = ["MemoryParts", "StepMemory"]
+__all__ = ["HORIZON", "MemoryParts", "StepMemory"]
+
+HORIZON = 64
+"""Images within which a method that learns is expected to do so once; steps are watched until then."""
 
 
 @dataclass(frozen=True)
 class MemoryParts:
     """Bytes of an adapter and of its step on a batch; storages that tensors share count once.
 
-    Not in it: the images, what a layer needs inside while it runs (workspaces of convolutions, gradients on their way
-    back), what lies between allocations, and the process with its libraries.
+    Not in it: the images unless autograd keeps them, what a layer needs inside while it runs (workspaces of
+    convolutions, gradients on their way back), what lies between allocations, and the process with its libraries.
 
     Args:
         weights: parameters and buffers of the adapter's model.
@@ -57,7 +60,7 @@ class MemoryParts:
 
     def text(self) -> str:
         """`weights 1.2, ... MB`"""
-        return ", ".join(f"{name} {value / 1e6:.1f}" for name, value in dataclasses.asdict(self).items()) + " MB"
+        return ", ".join(f"{name} {value / 1e6:.3g}" for name, value in dataclasses.asdict(self).items()) + " MB"
 
     def combine(self, other: MemoryParts, by: Callable[[float, float], float]) -> MemoryParts:
         """Part by part."""
@@ -77,10 +80,9 @@ class StepMemory:
         self._holder = adapter if holder is None else holder
         self._layer = 0
         self._handles: list[Any] = []
-        self._saved = _SavedTensors({})
+        self._saved = _SavedTensors()
 
     def __enter__(self) -> StepMemory:
-        self._saved = _SavedTensors(dict.fromkeys(key for part in self._fixed() for key in part))
         for module in self._adapter.model.modules():
             if not any(module.children()):
                 self._handles.append(module.register_forward_hook(self._see_layer))
@@ -94,12 +96,19 @@ class StepMemory:
         for handle in self._handles:
             handle.remove()
 
+    @staticmethod
+    def seen_all(adapter: Adapter, parts: MemoryParts) -> bool:
+        """Whether there is nothing more to see after `parts`: the method learned, or never does."""
+        return parts.activations > 0 or (parts.weights > 0 and not adapter.parameters_adapted())
+
     @property
     def parts(self) -> MemoryParts:
         """What the step needed."""
-        weights, optimizer, state = (sum(part.values()) for part in self._fixed())
+        fixed = self._fixed()  # with what layers made in this step, if it was the first, and keep for the next
+        weights, optimizer, state = (sum(part.values()) for part in fixed)
         gradients = sum(_storages(parameter for _, parameter in self._adapter.parameters_adapted()).values())
-        return MemoryParts(weights, optimizer, state, gradients, self._saved.most, self._layer)
+        activations = self._saved.most({key for part in fixed for key in part})
+        return MemoryParts(weights, optimizer, state, gradients, activations, self._layer)
 
     def _fixed(self) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
         """Weights, optimizer and state: bytes by the place of the storage, each in the first of them that has it."""
@@ -116,42 +125,37 @@ class StepMemory:
 
 
 class _SavedTensors(torch.autograd.graph.saved_tensors_hooks):
-    """The most bytes that graphs keep alive at one time, other than those in `known` storages."""
+    """What graphs keep alive, in the order in which they take hold of it and let it go."""
 
-    def __init__(self, known: Mapping[int, object]) -> None:
-        self.known = known
-        self.most = 0
-        self._now = 0
-        self._holders: Counter[int] = Counter()
-        super().__init__(lambda tensor: _Saved(tensor, self), lambda saved: saved.tensor)
+    def __init__(self) -> None:
+        self.events: list[tuple[int, int, int]] = []
+        """+1 or -1, where the storage is, its bytes."""
+        super().__init__(lambda tensor: _Saved(tensor, self.events), lambda saved: saved.tensor)
 
-    def add(self, key: int, size: int) -> None:
-        """A node of the graph keeps this storage."""
-        self._holders[key] += 1
-        if self._holders[key] == 1:
-            self._now += size
-            self.most = max(self.most, self._now)
-
-    def remove(self, key: int, size: int) -> None:
-        """And lets it go."""
-        self._holders[key] -= 1
-        if self._holders[key] == 0:
-            self._now -= size
+    def most(self, known: Container[int]) -> int:
+        """The most bytes that were alive at one time, without storages that are known."""
+        most, now, holders = 0, 0, Counter[int]()
+        for change, key, size in self.events:
+            if key in known:
+                continue
+            first_or_last = holders[key] == (0 if change > 0 else 1)
+            holders[key] += change
+            now += change * size if first_or_last else 0
+            most = max(most, now)
+        return most
 
 
 class _Saved:
     """What autograd keeps in the place of a tensor."""
 
-    def __init__(self, tensor: Tensor, counts: _SavedTensors) -> None:
+    def __init__(self, tensor: Tensor, events: list[tuple[int, int, int]]) -> None:
         self.tensor = tensor
-        self._what = next(iter(_storages([tensor]).items()), None)
-        self._counts = counts if self._what is not None and self._what[0] not in counts.known else None
-        if self._counts is not None and self._what is not None:
-            self._counts.add(*self._what)
+        self._events = events
+        self._what = [*_storages([tensor]).items()]
+        events.extend((1, *what) for what in self._what)
 
     def __del__(self) -> None:
-        if self._counts is not None and self._what is not None:
-            self._counts.remove(*self._what)
+        self._events.extend((-1, *what) for what in self._what)
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:

@@ -49,8 +49,8 @@ _DOMAIN: dict[str, type | tuple[type, ...]] = {
 
 
 def cell_of(row: Mapping[str, Any]) -> str:
-    """What a row is one domain of: method, options, scheme, model hash, stream (with seed), and whether the method is in
-    shadow, as canonical JSON."""
+    """What a row is one domain of, as canonical JSON: method, options, whether it is in shadow, scheme, model hash and
+    stream (with seed)."""
     shadow = {"shadow": True} if row.get("shadow") else {}
     return json.dumps({key: row[key] for key in _CELL} | shadow, sort_keys=True)
 
