@@ -22,8 +22,8 @@ from ttaq.eval.batch_size import Need, choose_batch_size, measure_need
 from ttaq.eval.checkpoint import refuse_what_is_there
 from ttaq.eval.datasets import choose_preprocessing
 from ttaq.eval.rows import cell_of
-from ttaq.eval.run import row_options
-from ttaq.tta import METHODS, Shadow, build
+from ttaq.eval.run import what_adapts
+from ttaq.tta import METHODS, Limits, Shadow, build
 
 __all__ = ["IF_INTERRUPTED", "add_arguments", "execute"]
 
@@ -34,12 +34,12 @@ _FEW = 64
 
 
 class _Task(NamedTuple):
-    """A model, a method and a stream, and what the method's options are in the rows."""
+    """A model, a method and a stream, and what the rows say of the method."""
 
     model: Loaded
     method: str
     stream: Stream
-    options: dict[str, Any]
+    in_rows: dict[str, Any]
 
 
 def execute(args: argparse.Namespace) -> None:
@@ -75,7 +75,7 @@ def execute(args: argparse.Namespace) -> None:
     with RowFile(args.out) as rows:
         if not args.resume:
             for task in tasks:  # All of them now, not hours into the run.
-                refuse_what_is_there(rows, _cell(task, args.shadow))
+                refuse_what_is_there(rows, _cell(task))
         for task in tasks:
             if domains.stream != task.stream:
                 domains = Domains(task.stream, args.data, frost)
@@ -92,6 +92,7 @@ def execute(args: argparse.Namespace) -> None:
                     progress=progress,
                     source_images=_source_images(args, task.method, domains),
                     shadow=args.shadow,
+                    guards=Limits() if args.guards else None,
                     resume=args.resume,
                     checkpoint_every=args.checkpoint_every,
                 )
@@ -110,7 +111,7 @@ def _try_methods(
 ) -> tuple[dict[tuple[str, str], dict[str, Any]], list[Need]]:
     """Build every method on every model, so that wrong options are found now, not hours into the run.
 
-    Returns what rows say of the options, by model hash and method, and with --max-memory what each of them needs.
+    Returns what rows say of a method, by model hash and method, and with --max-memory what each of them needs.
     """
     in_rows, needs = {}, []
     for model in models:
@@ -118,7 +119,9 @@ def _try_methods(
             images = _source_images(args, method, domains)
             few = images if images is None or args.max_memory is not None else images[:_FEW]
             adapter = build(method, model.model, source_images=few, **options[method])
-            in_rows[model.info.model_hash, method] = row_options(adapter, images)
+            in_rows[model.info.model_hash, method] = what_adapts(
+                adapter, images, args.shadow, Limits() if args.guards else None
+            )
             if args.max_memory is not None:
                 shape = next(domains.batches(0))[0].shape[1:]
                 adapter = adapter.to(device)
@@ -135,15 +138,17 @@ def _source_images(args: argparse.Namespace, method: str, domains: Domains) -> T
     return domains.source_images(args.source_images or wanted, preprocessing)
 
 
-def _cell(task: _Task, shadow: bool) -> str:
+def _cell(task: _Task) -> str:
     info = task.model.info
-    what = {"method": task.method, "options": task.options, "scheme": info.scheme, "model_hash": info.model_hash}
-    return cell_of(what | {"stream": str(task.stream), "shadow": shadow})
+    return cell_of(task.in_rows | {"scheme": info.scheme, "model_hash": info.model_hash, "stream": str(task.stream)})
 
 
 def _result(summary: Mapping[str, Any]) -> str:
     in_shadow = f", of the method in shadow {summary['shadow_error']:.2f} %" if "shadow_error" in summary else ""
-    return f"mean error {summary['error']:.2f} %{in_shadow}"
+    counters = summary["counters"]
+    reasons = [f"{name.removeprefix('alarms_')} {count}" for name, count in counters.items() if "alarms_" in name]
+    alarms = f"; {counters['alarms']} alarms ({', '.join(reasons)})" if reasons else ""
+    return f"mean error {summary['error']:.2f} %{in_shadow}{alarms}"
 
 
 def _frost(args: argparse.Namespace) -> Path | None:

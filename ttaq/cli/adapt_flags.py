@@ -90,6 +90,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "all there are",
     )
     parser.add_argument(
+        "--guards",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="take a method back when it goes wrong: values that are not finite, predictions that collapse, parameters "
+        "that run away",
+    )
+    parser.add_argument(
         "--shadow",
         action=argparse.BooleanOptionalAction,
         default=False,

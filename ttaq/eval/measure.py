@@ -18,7 +18,7 @@ from ttaq.eval.memory import PeakMemory
 from ttaq.eval.memory_parts import HORIZON, MemoryParts, StepMemory
 from ttaq.eval.metrics import Scores
 from ttaq.eval.plan import Recipe, recipe_name
-from ttaq.tta import Adapter, Shadow, SlidingWindow
+from ttaq.tta import Adapter, Guarded, Shadow, SlidingWindow
 from ttaq.tta.stopwatch import Stopwatch
 
 __all__ = ["Measurement", "Pauses", "Progress", "Stepper", "adapter_of", "measure_domain"]
@@ -26,7 +26,7 @@ __all__ = ["Measurement", "Pauses", "Progress", "Stepper", "adapter_of", "measur
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what is being done)."""
 
-Stepper = Adapter | SlidingWindow | Shadow
+Stepper = Adapter | Guarded | SlidingWindow | Shadow
 """What takes the batches of a stream."""
 
 

@@ -200,14 +200,19 @@ def _method(row: Row) -> str:
 
 
 def _variant(row: Row) -> str:
-    return json.dumps([_method(row), row["options"]], sort_keys=True)
+    return json.dumps([_method(row), _options(row)], sort_keys=True)
+
+
+def _options(row: Row) -> dict[str, object]:
+    """Those of the method, and whether guards watched over it."""
+    return {**row["options"], "guards": bool(row.get("guards"))}
 
 
 def _method_names(rows: list[Row]) -> dict[str, str]:
     """A name for each method with its options: the options in which its variants differ are added in parentheses."""
     variants: dict[str, dict[str, dict[str, object]]] = {}
     for row in rows:
-        variants.setdefault(_method(row), {})[_variant(row)] = row["options"]
+        variants.setdefault(_method(row), {})[_variant(row)] = _options(row)
     names = {}
     for method, by_variant in variants.items():
         keys = sorted({key for options in by_variant.values() for key in options})

@@ -49,10 +49,10 @@ _DOMAIN: dict[str, type | tuple[type, ...]] = {
 
 
 def cell_of(row: Mapping[str, Any]) -> str:
-    """What a row is one domain of, as canonical JSON: method, options, whether it is in shadow, scheme, model hash and
-    stream (with seed)."""
-    shadow = {"shadow": True} if row.get("shadow") else {}
-    return json.dumps({key: row[key] for key in _CELL} | shadow, sort_keys=True)
+    """What a row is one domain of, as canonical JSON: method, options, whether it is in shadow and what guards it,
+    scheme, model hash and stream (with seed)."""
+    around = {key: row[key] for key in ("shadow", "guards") if row.get(key)}
+    return json.dumps({key: row[key] for key in _CELL} | around, sort_keys=True)
 
 
 def read_rows(path: Path) -> list[Row]:

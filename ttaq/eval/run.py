@@ -19,7 +19,7 @@ from ttaq.eval.latency import mean_latency
 from ttaq.eval.measure import Measurement, Pauses, Progress, Stepper, measure_domain
 from ttaq.eval.rows import Row, RowFile, cell_of, check_one_stream
 from ttaq.io import model_hash
-from ttaq.tta import METHODS, Adapter, Shadow, SlidingWindow
+from ttaq.tta import METHODS, Adapter, Guarded, Limits, Shadow, SlidingWindow
 from ttaq.version import __version__
 
 __all__ = ["ModelInfo", "run"]
@@ -64,6 +64,7 @@ def run(
     progress: Progress | None = None,
     source_images: Tensor | None = None,
     shadow: bool = False,
+    guards: Limits | None = None,
     resume: bool = True,
     checkpoint_every: int | None = None,
 ) -> list[Row]:
@@ -86,6 +87,7 @@ def run(
         source_images: [N, C, H, W] for a method that wants images of the data that the model was trained on; None
             draws as many as it wants (`Domains.source_images`). Their number stands among the options of the rows.
         shadow: the source model answers, the method only adapts (`ttaq.tta.Shadow`); rows have `shadow_error` too.
+        guards: what watches over a method that learns (`ttaq.tta.Guarded`); None watches nothing.
         resume: False refuses what is there instead of going on behind it.
         checkpoint_every: batches after which the state is saved inside a domain too; None saves at its end only.
 
@@ -109,13 +111,11 @@ def run(
     adapter = adapter.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     base: Row = {
         "kind": "domain",
-        "method": method,
-        "options": row_options(adapter, source_images),
+        **what_adapts(adapter, source_images, shadow, guards),
         **asdict(info),
         "stream": str(domains.stream),
         "seed": domains.stream.seed,
         "frost": domains.stream.frost_in_use,
-        **({"shadow": True} if shadow else {}),
         "versions": _versions(),
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
@@ -131,7 +131,7 @@ def run(
         checkpoint.forget()
         return []
 
-    stepper = _stepper(adapter, model, domains.stream.window, shadow)
+    stepper = _stepper(adapter, model, domains.stream.window, guards, shadow)
     appended: list[Row] = []
     start, inside = 0, None
     saved = checkpoint.load()
@@ -163,14 +163,25 @@ def run(
     return [*appended, summary]
 
 
-def row_options(adapter: Adapter, source_images: Tensor | None) -> dict[str, Any]:
-    """What rows say of the options of a method: those of the adapter, and how many images of the source it got."""
+def what_adapts(adapter: Adapter, source_images: Tensor | None, shadow: bool, guards: Limits | None) -> Row:
+    """What rows say of the method and of what is around it. Options are those of the adapter, and how many images of
+    the source it got."""
     given = {} if source_images is None or not adapter.source_images else {"source_images": len(source_images)}
-    return {**adapter.options, **given}
+    return {
+        "method": adapter.method,
+        "options": {**adapter.options, **given},
+        **({"shadow": True} if shadow else {}),
+        **({"guards": asdict(guards)} if guards is not None and _learns(adapter) else {}),
+    }
 
 
-def _stepper(adapter: Adapter, model: nn.Module, window: int, shadow: bool) -> Stepper:
-    stepper: Adapter | SlidingWindow = adapter if window == 1 else SlidingWindow(adapter, window)
+def _learns(adapter: Adapter) -> bool:
+    return bool(adapter.parameters_adapted() or adapter.buffers_adapted())
+
+
+def _stepper(adapter: Adapter, model: nn.Module, window: int, guards: Limits | None, shadow: bool) -> Stepper:
+    guarded = adapter if guards is None or not _learns(adapter) else Guarded(adapter, guards)
+    stepper = guarded if window == 1 else SlidingWindow(guarded, window)
     if not shadow:
         return stepper
     watched = Shadow(stepper, model)

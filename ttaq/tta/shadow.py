@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ttaq.errors import CheckpointError, InputError
 from ttaq.tta.adapter import Adapter
+from ttaq.tta.guards import Guarded
 from ttaq.tta.source import Source
 from ttaq.tta.window import SlidingWindow
 
@@ -31,8 +32,10 @@ class Shadow:
         InputError: `model` is not the one that the adapter was built from.
     """
 
-    def __init__(self, adapter: Adapter | SlidingWindow, model: nn.Module) -> None:
-        method = adapter.adapter if isinstance(adapter, SlidingWindow) else adapter
+    def __init__(self, adapter: Adapter | Guarded | SlidingWindow, model: nn.Module) -> None:
+        method: object = adapter
+        while isinstance(method, Guarded | SlidingWindow):
+            method = method.adapter
         if not isinstance(method, Adapter):
             raise InputError(
                 f"Shadow: got {type(adapter).__name__}, expected an Adapter or a SlidingWindow; build one with "

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ttaq.errors import CheckpointError, InputError
 from ttaq.tta.adapter import Adapter
+from ttaq.tta.guards import Guarded
 
 __all__ = ["SlidingWindow"]
 
@@ -22,7 +23,7 @@ class SlidingWindow:
     of up to `length` images. Every image costs a forward pass over the window.
 
     Args:
-        adapter: any method.
+        adapter: any method, guarded or not.
         length: images in the window, at least 2.
 
     State: that of the adapter, the images in the window and how many came.
@@ -33,7 +34,7 @@ class SlidingWindow:
     Source: the single-sample setting of Marsden et al., ROID (arXiv 2306.00650).
     """
 
-    def __init__(self, adapter: Adapter, length: int) -> None:
+    def __init__(self, adapter: Adapter | Guarded, length: int) -> None:
         if type(length) is not int or length < 2:
             raise InputError(f"SlidingWindow: length is {length!r}, expected an integer of at least 2")
         self.adapter = adapter

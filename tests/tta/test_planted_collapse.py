@@ -1,0 +1,75 @@
+"""Planted collapses on real images: guarded, TENT ends within 2 points of `norm`; the same without a guard does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ttaq.data.corruptions import VALIDATION_CORRUPTIONS
+from ttaq.eval import Domains, Stream
+from ttaq.io import load_weights
+from ttaq.tta import Adapter, Guarded, build
+
+
+@pytest.fixture(scope="module")
+def model(data_folder: Path) -> torch.nn.Module:
+    return load_weights("cifar_resnet20", data_folder / "models" / "cifar10_resnet20.safetensors")
+
+
+def batches(data_folder: Path, delta: float | None = None) -> list[tuple[Tensor, Tensor]]:
+    stream = Stream(
+        "cifar10", VALIDATION_CORRUPTIONS[:2], images=600, split="validate", batch_size=50, seed=3, delta=delta
+    )
+    domains = Domains(stream, data_folder, None)
+    return [(x, y) for index in range(2) for x, y, _ in domains.batches(index)]
+
+
+def error(adapter: Adapter | Guarded, stream: list[tuple[Tensor, Tensor]], burst: Tensor | None = None) -> float:
+    """In per cent; a burst is three batches after a third of the stream that nobody scores."""
+    wrong = 0
+    for number, (x, labels) in enumerate(stream):
+        if burst is not None and number == len(stream) // 3:
+            for _ in range(3):
+                adapter(burst)
+        wrong += int((adapter(x).argmax(1) != labels).sum())
+    return 100 * wrong / sum(len(labels) for _, labels in stream)
+
+
+@pytest.mark.parametrize("times", [10, 30, 300])
+def test_a_learning_rate_that_is_too_large(data_folder: Path, model: torch.nn.Module, times: int) -> None:
+    stream = batches(data_folder)
+    norm = error(build("norm", model), stream)
+    guarded = Guarded(build("tent", model, lr=1e-3 * times))
+    assert error(guarded, stream) < norm + 2
+    assert guarded.alarms
+    if times > 10:  # what it is that was planted
+        assert error(build("tent", model, lr=1e-3 * times), stream) > norm + 10
+
+
+def test_a_stream_sorted_by_class(data_folder: Path, model: torch.nn.Module) -> None:
+    stream = batches(data_folder, delta=0)
+    assert error(Guarded(build("tent", model)), stream) < error(build("norm", model), stream) + 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, 1.0])
+def test_a_burst_of_broken_images(data_folder: Path, model: torch.nn.Module, value: float) -> None:
+    stream = batches(data_folder)
+    burst = torch.full((50, 3, 32, 32), value)
+    options: dict[str, Any] = {"lr": 3e-3, "check_finite": False}
+    norm = error(build("norm", model), stream)
+    guarded = Guarded(build("tent", model, **options))
+    assert error(guarded, stream, burst) < norm + 2
+    # Images that are all alike get an answer that is no collapse, and teach little.
+    assert [alarm.reason for alarm in guarded.alarms] == ([] if value in (0.0, 1.0) else ["nonfinite"] * 3)
+
+
+def test_a_normal_stream_raises_no_alarm(data_folder: Path, model: torch.nn.Module) -> None:
+    stream = batches(data_folder)
+    for name in ("tent", "eta", "sar", "roid"):
+        plain, guarded = build(name, model), Guarded(build(name, model))
+        assert error(guarded, stream) == error(plain, stream)
+        assert guarded.alarms == []
