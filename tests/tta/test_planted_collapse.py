@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,18 @@ def model(data_folder: Path) -> torch.nn.Module:
     return load_weights("cifar_resnet20", data_folder / "models" / "cifar10_resnet20.safetensors")
 
 
+@functools.cache
 def batches(data_folder: Path, delta: float | None = None) -> list[tuple[Tensor, Tensor]]:
     stream = Stream(
-        "cifar10", VALIDATION_CORRUPTIONS[:2], images=600, split="validate", batch_size=50, seed=3, delta=delta
+        "cifar10", VALIDATION_CORRUPTIONS[:2], images=400, split="validate", batch_size=50, seed=3, delta=delta
     )
     domains = Domains(stream, data_folder, None)
     return [(x, y) for index in range(2) for x, y, _ in domains.batches(index)]
+
+
+@functools.cache
+def error_of_norm(data_folder: Path, model: torch.nn.Module, delta: float | None = None) -> float:
+    return error(build("norm", model), batches(data_folder, delta))
 
 
 def error(adapter: Adapter | Guarded, stream: list[tuple[Tensor, Tensor]], burst: Tensor | None = None) -> float:
@@ -39,10 +46,10 @@ def error(adapter: Adapter | Guarded, stream: list[tuple[Tensor, Tensor]], burst
     return 100 * wrong / sum(len(labels) for _, labels in stream)
 
 
-@pytest.mark.parametrize("times", [10, 30, 300])
+@pytest.mark.parametrize("times", [10, 300])
 def test_a_learning_rate_that_is_too_large(data_folder: Path, model: torch.nn.Module, times: int) -> None:
     stream = batches(data_folder)
-    norm = error(build("norm", model), stream)
+    norm = error_of_norm(data_folder, model)
     guarded = Guarded(build("tent", model, lr=1e-3 * times))
     assert error(guarded, stream) < norm + 2
     assert guarded.alarms
@@ -52,24 +59,24 @@ def test_a_learning_rate_that_is_too_large(data_folder: Path, model: torch.nn.Mo
 
 def test_a_stream_sorted_by_class(data_folder: Path, model: torch.nn.Module) -> None:
     stream = batches(data_folder, delta=0)
-    assert error(Guarded(build("tent", model)), stream) < error(build("norm", model), stream) + 2
+    assert error(Guarded(build("tent", model)), stream) < error_of_norm(data_folder, model, 0) + 2
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), 0.0])
 def test_a_burst_of_broken_images(data_folder: Path, model: torch.nn.Module, value: float) -> None:
     stream = batches(data_folder)
     burst = torch.full((50, 3, 32, 32), value)
     options: dict[str, Any] = {"lr": 3e-3, "check_finite": False}
-    norm = error(build("norm", model), stream)
+    norm = error_of_norm(data_folder, model)
     guarded = Guarded(build("tent", model, **options))
     assert error(guarded, stream, burst) < norm + 2
     # Images that are all alike get an answer that is no collapse, and teach little.
-    assert [alarm.reason for alarm in guarded.alarms] == ([] if value in (0.0, 1.0) else ["nonfinite"] * 3)
+    assert [alarm.reason for alarm in guarded.alarms] == ([] if value == 0 else ["nonfinite"] * 3)
 
 
 def test_a_normal_stream_raises_no_alarm(data_folder: Path, model: torch.nn.Module) -> None:
     stream = batches(data_folder)
-    for name in ("tent", "eta", "sar", "roid"):
+    for name in ("tent", "roid"):
         plain, guarded = build(name, model), Guarded(build(name, model))
         assert error(guarded, stream) == error(plain, stream)
         assert guarded.alarms == []
