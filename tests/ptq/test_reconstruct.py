@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ttaq.errors import CheckpointError, InputError
 from ttaq.nn import AdaptiveBatchNorm2d, QuantizedModel, activation_quantizers, quantized_layers
+from ttaq.nn.adapt_norms import norm_affine
 from ttaq.ptq import METHODS, quantize, settings_of
 from ttaq.ptq.student import unit_module
 from ttaq.ptq.units import find_units
@@ -106,6 +107,24 @@ def test_random_versions_of_the_images_train_and_leave_the_running_statistics_to
     # Behind one layer whose weights are of 8 bits: the statistics of the same images.
     torch.testing.assert_close(first[1].running_mean, first[0].running_mean, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(first[2].running_mean, first[0].running_mean, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_distillation_brings_the_predictions_nearer_and_moves_the_norms_alone(name: str) -> None:
+    def distance(model: nn.Module) -> float:
+        with torch.no_grad():
+            p, q = (each(images(name)).log_softmax(1) for each in (net(name), model))
+        return float((p.exp() * (p - q)).sum(1).mean())
+
+    settings = {"distillation": 40, "distillation_lr": 3e-3, "distillation_batch": 8}
+    plain, distilled = (short(name=name, settings=extra) for extra in ({}, settings))
+    assert distance(distilled) < 0.9 * distance(plain)
+    norms = set(norm_affine(plain, "test"))
+    for (key, before), after in zip(plain.state_dict().items(), distilled.state_dict().values(), strict=True):
+        assert torch.equal(before, after) == (key not in norms), key
+    assert all(parameter.grad is None for parameter in distilled.parameters())
+    assert same(distilled, short(name=name, settings=settings))
+    assert not same(distilled, short(name=name, settings=settings, seed=1))
 
 
 @pytest.mark.parametrize("name", ["resnet", "wide", "mobilenet", "vit"])

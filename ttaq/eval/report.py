@@ -218,7 +218,7 @@ def _method_names(rows: list[Row]) -> dict[str, str]:
         keys = sorted({key for options in by_variant.values() for key in options})
         differing = [key for key in keys if len({str(options.get(key)) for options in by_variant.values()}) > 1]
         for variant, options in by_variant.items():
-            values = ", ".join(f"{key}={options.get(key)}" for key in differing)
+            values = ", ".join(f"{key}={options[key]}" for key in differing if key in options)
             names[variant] = f"{method} ({values})" if values else method
     return names
 

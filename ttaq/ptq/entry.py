@@ -19,6 +19,7 @@ from ttaq.ptq.adaround import ADAROUND
 from ttaq.ptq.brecq import BRECQ
 from ttaq.ptq.caches import Budget, chunks
 from ttaq.ptq.calibration import gather_images
+from ttaq.ptq.distillation import distil
 from ttaq.ptq.observe import Progress
 from ttaq.ptq.pdquant import PDQUANT
 from ttaq.ptq.pem import centre
@@ -95,7 +96,7 @@ def quantize(
             `quantize` goes on behind the last of them and returns the same model, bit for bit, on the same device with
             the same number of threads.
         cache_mb: memory for the inputs of a unit in MB; what exceeds it lies in temporary files.
-        progress: called as `progress(steps done, steps in total, what)`, in two phases: scales, then units.
+        progress: called as `progress(steps done, steps in total, what)`, in phases: scales, units, distillation.
 
     Raises:
         InputError: a model, images or options that cannot be used.
@@ -134,6 +135,9 @@ def quantize(
                 }
                 store = UnitStore(checkpoint, run)
             reconstruct(quantized, teacher, shown, training, seed=seed, budget=budget, store=store, progress=progress)
+            if training.distillation:
+                with batch_statistics(quantized, teacher) if by_batch else nullcontext():
+                    distil(quantized, teacher, shown, training, seed=seed, progress=progress)
         if by_batch:
             parts = (images[place].to(device, torch.float32) for place in chunks(len(images)))
             estimate_statistics(quantized, (part.contiguous(memory_format=torch.channels_last) for part in parts))

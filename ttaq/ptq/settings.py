@@ -43,6 +43,8 @@ class Reconstruction:
         `correction`), with source statistics only; 0 is off.
     centring: "off", "channel", "tensor" or "compensated": whose mean is taken out of the weights first (`pem`).
         mean_penalty: weight of the squared mean of each output channel's rounded weights, the soft form of the same.
+    distillation: steps in which, after the units, the norms learn the predictions of the float model (`distillation`);
+        0 is none. distillation_lr, distillation_batch: of these steps.
     augment: share of the calibration images that are taken in a random version (`ttaq.data.augment`), so that scales
         and roundings see more than the source; running statistics are still those of the images themselves.
     """
@@ -67,16 +69,19 @@ class Reconstruction:
     correction: float = 0.0
     centring: Centring = "off"
     mean_penalty: float = 0.0
+    distillation: int = 0
+    distillation_lr: float = 1e-3
+    distillation_batch: int = 64
     augment: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, least in (("iterations", 1), ("batch_size", 2)):
+        for name, least in (("iterations", 1), ("batch_size", 2), ("distillation", 0), ("distillation_batch", 2)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"Reconstruction: {name} is {value!r}, expected a whole number from {least}")
         for name in (
             "weight_lr", "scale_lr", "affine_lr", "rounding_penalty", "prediction", "perturbation",
-            "perturbation_size", "correction", "mean_penalty",
+            "perturbation_size", "correction", "mean_penalty", "distillation_lr",
         ):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < math.inf:
