@@ -25,7 +25,7 @@ def test_the_methods_are_those_of_their_papers() -> None:
     assert (brecq.single_layers, brecq.keep_quantized) == (False, 1.0)
     assert (qdrop.iterations, qdrop.keep_quantized, qdrop.weight_lr, qdrop.scale_lr) == (20_000, 0.5, 1e-3, 4e-5)
     assert (pdquant.prediction, pdquant.temperature, pdquant.weight_lr) == (10.0, 4.0, 3e-3)
-    assert (ttaq.norm_statistics, ttaq.keep_quantized) == ("batch", 0.5)
+    assert (ttaq.norm_statistics, ttaq.keep_quantized) == ("batch", 1.0)
 
 
 def test_presets_lie_between_the_method_and_what_the_caller_sets() -> None:
