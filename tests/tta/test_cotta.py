@@ -1,4 +1,4 @@
-"""CoTTA against a statement of its update with three whole models; what it learns in a quantized one; its options."""
+"""CoTTA against a float64 statement of its update with three whole models; what it learns in a quantized one; its options."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def on_batch_statistics(model: nn.Module) -> nn.Module:
 
 
 def versions(model: nn.Module, x: Tensor, count: int, batch: int) -> Tensor:
-    generator = torch.Generator().manual_seed(batch)
-    return torch.stack([model(augment(x, generator)) for _ in range(count)]).mean(0)
+    generator, dtype = torch.Generator().manual_seed(batch), next(model.parameters()).dtype
+    return torch.stack([model(augment(x, generator).to(dtype)) for _ in range(count)]).mean(0)
 
 
 @pytest.mark.parametrize("loss", ["cifar", "imagenet"])
@@ -43,12 +43,12 @@ def test_follows_the_published_update(loss: str, confidence: float) -> None:
         restore=0.0,
         **SGD,
     )
-    student = on_batch_statistics(batch_norm_net())
+    student = on_batch_statistics(batch_norm_net()).double()
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
     for number, x in enumerate(stream()):
-        y = teacher(x) if confidence == 0 else versions(teacher, x, 3, number)
-        z = student(x)
+        y = teacher(x.double()) if confidence == 0 else versions(teacher, x, 3, number)
+        z = student(x.double())
         p, q = z.softmax(1), y.softmax(1)
         value = -(q * p.log()).sum(1).mean()
         if loss == "imagenet":
@@ -59,11 +59,11 @@ def test_follows_the_published_update(loss: str, confidence: float) -> None:
         with torch.no_grad():
             for mine, other in zip(teacher.parameters(), student.parameters(), strict=True):
                 mine.copy_(0.8 * mine + 0.2 * other)
-        torch.testing.assert_close(adapter(x), y, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(adapter(x).double(), y, rtol=1e-4, atol=1e-5)
     for (name, got), expected in zip(adapter.parameters_adapted(), student.parameters(), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5, msg=name)
     for value, expected in zip(adapter.teacher.values().values(), teacher.parameters(), strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_confidence_is_that_of_the_source_whatever_was_learned() -> None:
