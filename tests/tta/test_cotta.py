@@ -1,4 +1,4 @@
-"""CoTTA against a float64 statement of its update with three whole models; what it learns in a quantized one; its options."""
+"""CoTTA against a float64 statement of its update; what it learns in a quantized model; its options."""
 
 from __future__ import annotations
 

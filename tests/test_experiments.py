@@ -1,0 +1,67 @@
+"""The plans of the experiments: every arm is a setting that exists, and the rule decides as it is written."""
+
+from __future__ import annotations
+
+import tomllib
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import adaptation, quantization, quantization_choice
+from ttaq.ptq import METHODS as QUANTIZATION
+from ttaq.ptq import settings_of
+from ttaq.tta import METHODS, build
+
+QUANTIZATION_PLAN = tomllib.loads(quantization.PLAN.read_text())
+ADAPTATION_PLAN = tomllib.loads(adaptation.PLAN.read_text())
+
+
+@pytest.mark.parametrize("section", QUANTIZATION_PLAN)
+def test_every_arm_of_quantization_can_be_set(section: str) -> None:
+    for arm, settings in quantization.arms([section], "batch_affine").items():
+        options = {name: value for name, value in settings.items() if name != "method"}
+        assert settings["method"] in QUANTIZATION, arm
+        settings_of(settings["method"], "fast", options)
+
+
+def test_arms_are_told_apart_by_what_their_rows_say() -> None:
+    names = [name for section in QUANTIZATION_PLAN.values() for name in section]
+    arms = quantization.arms(names, "batch_affine_keep_1")
+    assert len({quantization_choice.flags_of_arm(settings) for settings in arms.values()}) == len(arms)
+    text = "qdrop(affine_lr=0.001,augment=0.5,calibration=1024xcifar10,keep_quantized=1.0,norm_statistics=batch)"
+    assert quantization_choice.flags_of(text) == quantization_choice.flags_of_arm(arms["augment_half"])
+
+
+BASE = {(scheme, seed): 20.0 for scheme in quantization_choice.SCHEMES for seed in range(3)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "seeds", "said"),
+    [
+        ((-1.0, -0.5, -0.1), 3, "taken over"),
+        ((-1.0, -0.5, 0.1), 3, "out"),
+        ((-1.0,), 1, "open"),
+        ((0.1,), 1, "out after seed 0"),
+    ],
+)
+def test_the_rule_of_quantization(changes: tuple[float, ...], seeds: int, said: str) -> None:
+    cells = {(scheme, seed): value + changes[seed] for (scheme, seed), value in BASE.items() if seed < seeds}
+    assert quantization_choice.verdict(cells, BASE) == said
+    del cells["W3A3", 0]
+    assert quantization_choice.verdict(cells, BASE) == "seed 0 not complete"
+
+
+def test_differences_are_paired_by_scheme_and_seed() -> None:
+    cells = {("W2A4", 0): 19.0, ("W2A2", 0): 22.0, ("W2A2", 1): 23.0}
+    assert quantization_choice.differences(cells, BASE) == {0: 0.5, 1: 3.0}
+
+
+def test_every_method_and_arm_of_adaptation_exists() -> None:
+    tables: dict[str, Any] = {name: table for name, table in ADAPTATION_PLAN.items() if name != "abl"}
+    assert {method for table in tables.values() for method in table["methods"]} <= METHODS.keys()
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    for arm in (*ADAPTATION_PLAN["abl"]["loss"], *ADAPTATION_PLAN["abl"]["answer"]):
+        adapter = build("tent", net, **adaptation.options_of(arm, ADAPTATION_PLAN["abl"], "gradient_soft"))
+        assert adapter(torch.rand(2, 3, 8, 8)).shape == (2, 3)
