@@ -65,3 +65,11 @@ def test_every_method_and_arm_of_adaptation_exists() -> None:
     for arm in (*ADAPTATION_PLAN["abl"]["loss"], *ADAPTATION_PLAN["abl"]["answer"]):
         adapter = build("tent", net, **adaptation.options_of(arm, ADAPTATION_PLAN["abl"], "gradient_soft"))
         assert adapter(torch.rand(2, 3, 8, 8)).shape == (2, 3)
+
+
+def test_the_table_of_the_choice_is_that_of_its_rows(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    root = quantization.PLAN.parent.parent
+    rows = root / "benchmarks" / "results" / "quantization_choose.jsonl"
+    monkeypatch.setattr("sys.argv", ["quantization_choice", str(rows)])
+    quantization_choice.main()
+    assert capsys.readouterr().out in (root / "docs" / "results.md").read_text()

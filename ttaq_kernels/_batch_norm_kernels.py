@@ -14,9 +14,9 @@ Backward, with g = dy where neither activation nor grid clip z, else 0:
 What is clipped is computed again from x: the codes do not tell (a value that rounds to 0 may have passed relu).
 """
 
-from ttaq_kernels._channels import offsets, selected, tile
+from ttaq_kernels._channels import offsets, tile, tile_of_images
 from ttaq_kernels._launch import tl, triton
-from ttaq_kernels._math import round_half_even
+from ttaq_kernels._math import integer_within, round_within, rounds_within
 from ttaq_kernels.moments import merged
 
 # Device functions stay without types: Triton has none.
@@ -29,42 +29,55 @@ STATISTICS = 5
 
 
 @triton.jit
-def _normalised(x, mean, rstd, weight_ptr, bias_ptr, offs_c, mask_c):
-    """(x - mean) (rstd weight) + bias"""
+def _affine(statistics_ptr, weight_ptr, bias_ptr, channels, offs_c):
+    """mean, rstd, rstd weight and bias of the channels of a tile"""
+    mask_c = offs_c < channels
+    mean = tl.load(statistics_ptr + offs_c, mask=mask_c, other=0.0)
+    rstd = tl.load(statistics_ptr + channels + offs_c, mask=mask_c, other=0.0)
     factor = rstd
     if weight_ptr is not None:
         factor = rstd * tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0)
+    bias = 0.0
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0)
+    return mean, rstd, factor, bias
+
+
+@triton.jit
+def _normalised(x, mean, factor, bias_ptr, bias):
+    """(x - mean) (rstd weight) + bias"""
     y = (x - mean) * factor
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0)
+        y += bias
     return y
 
 
 @triton.jit
-def _activated(z, ACT: tl.constexpr):
-    """NaN and -0 stay what they are, as in torch."""
+def _activated(z, ACT: tl.constexpr, GRID: tl.constexpr):
+    """NaN stays what it is, as in torch; without a grid, on which it is the same as 0, also -0."""
     if ACT != "identity":
-        z = tl.where(z < 0, 0.0, z)
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL) if GRID else tl.where(z < 0, 0.0, z)
     if ACT == "relu6":
         z = tl.where(z > 6, 6.0, z)
     return z
 
 
 @triton.jit
-def _grid(scale_ptr, zero_point_ptr):
-    """inv and zero_point in fp32, and 0 without a grid"""
-    inv, zero_point = 0.0, 0.0
+def _grid(scale_ptr, inverse_ptr, zero_point_ptr, qmin, qmax):
+    """inv, zero_point and in fp32 the smallest and largest code minus it; 0 without a grid"""
+    inv, zero_point, low, high = 0.0, 0, 0.0, 0.0
     if scale_ptr is not None:
-        inv, zero_point = tl.div_rn(1.0, tl.load(scale_ptr)), tl.load(zero_point_ptr).to(tl.float32)
-    return inv, zero_point
+        inv = tl.div_rn(1.0, tl.load(scale_ptr)) if inverse_ptr is None else tl.load(inverse_ptr)
+        zero_point = tl.load(zero_point_ptr)
+        low, high = (qmin - zero_point).to(tl.float32), (qmax - zero_point).to(tl.float32)
+    return inv, zero_point, low, high
 
 
 @triton.jit
-def _passing(grad, z, inv, zero_point, qmin, qmax, ACT: tl.constexpr, GRID: tl.constexpr):
+def _passing(grad, z, inv, low, high, ACT: tl.constexpr, GRID: tl.constexpr):
     """`grad` where activation and grid let it through, else 0; NaN passes nothing but identity and relu"""
     if GRID:
-        u = round_half_even(_activated(z, ACT) * inv) + zero_point
-        grad = tl.where((u >= qmin.to(tl.float32)) & (u <= qmax.to(tl.float32)), grad, 0.0)
+        grad = tl.where(rounds_within(_activated(z, ACT, GRID) * inv, low, high), grad, 0.0)
     if ACT != "identity":
         grad = tl.where(z <= 0, 0.0, grad)
     if ACT == "relu6":
@@ -74,10 +87,11 @@ def _passing(grad, z, inv, zero_point, qmin, qmax, ACT: tl.constexpr, GRID: tl.c
 
 @triton.jit
 def statistics_kernel(
-    statistics_ptr, parts_ptr, source_mean_ptr, source_var_ptr, channels, parts, keep, alpha, eps,
+    statistics_ptr, inverse_ptr, parts_ptr, source_mean_ptr, source_var_ptr, scale_ptr,
+    channels, parts, keep, alpha, eps,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The rows of `STATISTICS`, from the parts of the moments and the source; keep = 1 - alpha.
+    """The rows of `STATISTICS`, from the parts of the moments and the source, and 1 / scale; keep = 1 - alpha.
 
     Without a single element the share of the batch is 0, and without a source too mean 0 and var 1.
     """
@@ -102,67 +116,66 @@ def statistics_kernel(
     tl.store(statistics_ptr + 2 * channels + offs_c, batch_mean, mask=mask_c)
     tl.store(statistics_ptr + 3 * channels + offs_c, share, mask=mask_c)
     tl.store(statistics_ptr + 4 * channels + offs_c, var, mask=mask_c)
+    if scale_ptr is not None:
+        tl.store(inverse_ptr, tl.div_rn(1.0, tl.load(scale_ptr)), mask=tl.program_id(0) == 0)
 
 
 @triton.jit
 def _tile_of_output(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, statistics_ptr, scale_ptr, zero_point_ptr, qmin, qmax, channels,
-    image, offs_c, offs_s, mask_s, strides, ACT: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, scale_ptr, statistics_ptr, grid, channels,
+    image, offs_c, offs_s, mask, strides, ACT: tl.constexpr, OUTPUT: tl.constexpr,
 ):  # fmt: skip
-    """Codes of one tile, or activations where there is no grid."""
-    mask_c = offs_c < channels
-    mask = mask_c & mask_s
-    mean = tl.load(statistics_ptr + offs_c, mask=mask_c, other=0.0)
-    rstd = tl.load(statistics_ptr + channels + offs_c, mask=mask_c, other=0.0)
+    """Codes of one tile as int32, or values."""
+    mask &= offs_c < channels
+    mean, _, factor, bias = _affine(statistics_ptr, weight_ptr, bias_ptr, channels, offs_c)
     x = tl.load(x_ptr + offsets(image, offs_c, offs_s, strides[0]), mask=mask, other=0.0).to(tl.float32)
-    y = _normalised(x, mean, rstd, weight_ptr, bias_ptr, offs_c, mask_c)
+    y = _normalised(x, mean, factor, bias_ptr, bias)
     if residual_ptr is not None:
         offs = offsets(image, offs_c, offs_s, strides[1])
         y += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    y = _activated(y, ACT)
-    if scale_ptr is not None:
-        # The lower bound first: maximum drops NaN, which so becomes qmin.
-        inv, zero_point = _grid(scale_ptr, zero_point_ptr)
-        u = tl.maximum(round_half_even(y * inv) + zero_point, qmin.to(tl.float32))
-        y = tl.minimum(u, qmax.to(tl.float32))
+    y = _activated(y, ACT, scale_ptr is not None)
+    inv, zero_point, low, high = grid
+    if OUTPUT != "values":
+        y = integer_within(y * inv, low, high) + zero_point
+    elif scale_ptr is not None:
+        y = round_within(y * inv, low, high) * tl.load(scale_ptr)
     return y
 
 
 @triton.jit
 def forward_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, scale_ptr, zero_point_ptr, y_ptr, statistics_ptr, carrier_ptr,
-    qmin, qmax, shift, row_bytes, sizes, strides,
-    ACT: tl.constexpr, OUTPUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, scale_ptr, zero_point_ptr, y_ptr, statistics_ptr, inverse_ptr,
+    carrier_ptr, qmin, qmax, shift, row_bytes, sizes, strides,
+    ACT: tl.constexpr, OUTPUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """y of one tile, or of two tiles of neighbouring channels that share their bytes"""
-    channels, positions, columns = sizes[0], sizes[1], sizes[2]
+    channels, positions, columns, images = sizes[0], sizes[1], sizes[2], sizes[4]
     program = tl.program_id(0)
     column = program % columns
     TILES: tl.constexpr = 2 if OUTPUT == "packed" else 1
-    image, offs_c, offs_s = tile(program // columns, TILES * column, positions, BLOCK_C, BLOCK_S)
-    mask_s = offs_s < positions
+    image, offs_c, offs_s, mask = tile_of_images(
+        program // columns, TILES * column, positions, images, BLOCK_N, BLOCK_C, BLOCK_S
+    )
+    grid = _grid(scale_ptr, inverse_ptr, zero_point_ptr, qmin, qmax)
     y = _tile_of_output(
-        x_ptr, residual_ptr, weight_ptr, bias_ptr, statistics_ptr, scale_ptr, zero_point_ptr, qmin, qmax, channels,
-        image, offs_c, offs_s, mask_s, strides, ACT,
+        x_ptr, residual_ptr, weight_ptr, bias_ptr, scale_ptr, statistics_ptr, grid, channels,
+        image, offs_c, offs_s, mask, strides, ACT, OUTPUT,
     )  # fmt: skip
     if OUTPUT == "packed":
         above = offs_c + BLOCK_C
         high = _tile_of_output(
-            x_ptr, residual_ptr, weight_ptr, bias_ptr, statistics_ptr, scale_ptr, zero_point_ptr, qmin, qmax, channels,
-            image, above, offs_s, mask_s, strides, ACT,
+            x_ptr, residual_ptr, weight_ptr, bias_ptr, scale_ptr, statistics_ptr, grid, channels,
+            image, above, offs_s, mask, strides, ACT, OUTPUT,
         )  # fmt: skip
-        low_bits = tl.where(offs_c < channels, y, 0.0).to(tl.int32) & 15
-        high_bits = tl.where(above < channels, high, 0.0).to(tl.int32) & 15
-        pixel = image * positions + offs_s
-        byte = column.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
-        tl.store(y_ptr + pixel * row_bytes + byte, (low_bits | (high_bits << 4)).to(tl.uint8), mask=mask_s)
+        exist = tl.where(offs_c < channels, 15, 0) | tl.where(above < channels, 240, 0)
+        byte = column.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :, None]
+        # 8 channels of a thread and not 16: its elements share more of what is known of a channel.
+        offs = tl.max_contiguous((image * positions + offs_s) * row_bytes + byte, [1, 8, 1])
+        tl.store(y_ptr + offs, ((y + 16 * high) & exist).to(tl.uint8), mask=mask)
     else:
         if OUTPUT == "codes":
-            y = (y - shift.to(tl.float32)).to(tl.int8)
-        elif scale_ptr is not None:
-            y = (y - tl.load(zero_point_ptr).to(tl.float32)) * tl.load(scale_ptr)
-        mask = (offs_c < channels) & mask_s
-        tl.store(y_ptr + offsets(image, offs_c, offs_s, strides[2]), y, mask=mask)
+            y = (y - shift).to(tl.int8)
+        tl.store(y_ptr + offsets(image, offs_c, offs_s, strides[2]), y, mask=mask & (offs_c < channels))
     if carrier_ptr is not None:
         tl.store(carrier_ptr, 0.0, mask=program == 0)
 
@@ -180,9 +193,8 @@ def sums_kernel(
     column, part = program % columns, program // columns
     offs_c = column.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < channels
-    mean = tl.load(statistics_ptr + offs_c, mask=mask_c, other=0.0)[:, None]
-    rstd = tl.load(statistics_ptr + channels + offs_c, mask=mask_c, other=0.0)
-    inv, zero_point = _grid(scale_ptr, zero_point_ptr)
+    mean, _, factor, bias = _affine(statistics_ptr, weight_ptr, bias_ptr, channels, offs_c[:, None])
+    inv, _, low, high = _grid(scale_ptr, None, zero_point_ptr, qmin, qmax)
     total = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
     dot = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
     for chunk in range(part * per_part, tl.minimum((part + 1) * per_part, chunks)):
@@ -191,15 +203,16 @@ def sums_kernel(
         x = tl.load(x_ptr + offsets(image, rows, offs_s, strides[0]), mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + offsets(image, rows, offs_s, strides[1]), mask=mask, other=0.0).to(tl.float32)
         if CLIPS:
-            z = _normalised(x, mean, rstd[:, None], weight_ptr, bias_ptr, rows, rows < channels)
+            z = _normalised(x, mean, factor, bias_ptr, bias)
             if residual_ptr is not None:
                 offs = offsets(image, rows, offs_s, strides[2])
                 z += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-            grad = _passing(grad, z, inv, zero_point, qmin, qmax, ACT, scale_ptr is not None)
+            grad = _passing(grad, z, inv, low, high, ACT, scale_ptr is not None)
         if passed_ptr is not None:
             tl.store(passed_ptr + offsets(image, rows, offs_s, strides[3]), grad, mask=mask)
         total += grad
         dot += grad * (x - mean)
+    rstd = tl.load(statistics_ptr + channels + offs_c, mask=mask_c, other=0.0)
     out_ptr = parts_ptr + part.to(tl.int64) * channels + offs_c
     tl.store(out_ptr, rstd * tl.sum(dot, axis=1), mask=mask_c)
     tl.store(out_ptr + parts * channels, tl.sum(total, axis=1), mask=mask_c)
@@ -209,26 +222,27 @@ def sums_kernel(
 def input_gradient_kernel(
     x_ptr, grad_ptr, residual_ptr, weight_ptr, bias_ptr, scale_ptr, zero_point_ptr, statistics_ptr, sums_ptr,
     sample_mask_ptr, dx_ptr, qmin, qmax, sizes, strides,
-    ACT: tl.constexpr, CLIPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    ACT: tl.constexpr, CLIPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd weight (g - share dbias - (x - batch_mean) share rstd dweight)"""
-    channels, positions, columns, per_sample = sizes[0], sizes[1], sizes[2], sizes[3]
+    channels, positions, columns, per_sample, images = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]
     program = tl.program_id(0)
-    image, offs_c, offs_s = tile(program // columns, program % columns, positions, BLOCK_C, BLOCK_S)
+    image, offs_c, offs_s, mask = tile_of_images(
+        program // columns, program % columns, positions, images, BLOCK_N, BLOCK_C, BLOCK_S
+    )
     mask_c = offs_c < channels
-    mask = mask_c & (offs_s < positions)
-    rstd = tl.load(statistics_ptr + channels + offs_c, mask=mask_c, other=0.0)
+    mask &= mask_c
+    mean, rstd, factor, bias = _affine(statistics_ptr, weight_ptr, bias_ptr, channels, offs_c)
     dx = tl.load(grad_ptr + offsets(image, offs_c, offs_s, strides[1]), mask=mask, other=0.0).to(tl.float32)
     if CLIPS or sums_ptr is not None:
         x = tl.load(x_ptr + offsets(image, offs_c, offs_s, strides[0]), mask=mask, other=0.0).to(tl.float32)
     if CLIPS:
-        mean = tl.load(statistics_ptr + offs_c, mask=mask_c, other=0.0)
-        z = _normalised(x, mean, rstd, weight_ptr, bias_ptr, offs_c, mask_c)
+        z = _normalised(x, mean, factor, bias_ptr, bias)
         if residual_ptr is not None:
             offs = offsets(image, offs_c, offs_s, strides[2])
             z += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        inv, zero_point = _grid(scale_ptr, zero_point_ptr)
-        dx = _passing(dx, z, inv, zero_point, qmin, qmax, ACT, scale_ptr is not None)
+        inv, _, low, high = _grid(scale_ptr, None, zero_point_ptr, qmin, qmax)
+        dx = _passing(dx, z, inv, low, high, ACT, scale_ptr is not None)
     if sums_ptr is not None:
         batch_mean = tl.load(statistics_ptr + 2 * channels + offs_c, mask=mask_c, other=0.0)
         share = tl.load(statistics_ptr + 3 * channels + offs_c, mask=mask_c, other=0.0)
@@ -236,9 +250,9 @@ def input_gradient_kernel(
         constant = share * tl.load(sums_ptr + channels + offs_c, mask=mask_c, other=0.0)
         through = (dx - constant) - (x - batch_mean) * slope
         if sample_mask_ptr is not None:
-            through = tl.where(selected(sample_mask_ptr, image, offs_s, positions, per_sample), through, dx)
+            # Where all images make one row, their tile has one number.
+            sample = image if BLOCK_N > 1 else image + offs_s // per_sample
+            chosen = tl.load(sample_mask_ptr + sample, mask=(image < images) & (offs_s < positions), other=0) != 0
+            through = tl.where(chosen, through, dx)
         dx = through
-    factor = rstd
-    if weight_ptr is not None:
-        factor = rstd * tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0)
     tl.store(dx_ptr + offsets(image, offs_c, offs_s, strides[3]), dx * factor, mask=mask)

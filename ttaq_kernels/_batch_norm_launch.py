@@ -26,19 +26,22 @@ def _launch_statistics(
     who: str,
     x: Tensor,
     source: tuple[Tensor | None, Tensor | None],
+    scale: Tensor | None,
     sample_mask: Tensor | None,
     alpha: float,
     eps: float,
-) -> Tensor:
-    """[5, C]; every element would otherwise take the root and the quotients of its channel again."""
+) -> tuple[Tensor, Tensor | None]:
+    """[5, C] and 1 / scale; every thread would otherwise take the roots and quotients again."""
     channels = x.shape[1]
     partial = launch_parts(who, x, sample_mask) if alpha > 0 else None
     statistics = x.new_empty(kernels.STATISTICS, channels, dtype=torch.float32)
     parts = 1 if partial is None else partial.shape[1]
+    inverse = None if scale is None else torch.empty_like(scale)
     programs, options = merging(channels, parts)
-    arguments = (statistics, partial, *map(_dense, source), channels, parts, 1.0 - alpha, alpha, eps)
-    launch(who, kernels.statistics_kernel, programs, *arguments, **options)
-    return statistics
+    tensors = (statistics, inverse, partial, *map(_dense, source), scale)
+    numbers = (channels, parts, 1.0 - alpha, alpha, eps)
+    launch(who, kernels.statistics_kernel, programs, *tensors, *numbers, **options)
+    return statistics, inverse
 
 
 def launch_forward(
@@ -69,16 +72,18 @@ def launch_forward(
     x = x if evenly_spaced(x) else x.contiguous()
     # The source also stands in for a batch without a selected sample.
     source = (source_mean, source_var) if alpha < 1 or sample_mask is not None else (None, None)
-    statistics = _launch_statistics(who, x, source, sample_mask, alpha, eps)
+    statistics, inverse = _launch_statistics(who, x, source, after.scale, sample_mask, alpha, eps)
     out = y if output == "packed" or evenly_spaced(y) else torch.empty_like(x, dtype=y.dtype)
     residual = None if after.residual is None else laid_out_like(after.residual, x)
     laid_out = (x, x if residual is None else residual, x if output == "packed" else out)
-    tiles = Tiles.of(*laid_out, pairs_of=BLOCK_BYTES if output == "packed" else None)
-    tensors = (x, residual, _dense(weight), _dense(bias), after.scale, after.zero_point, out, statistics)
+    tiles = Tiles.of(*laid_out, pairs_of=BLOCK_BYTES if output == "packed" else None).over_images()
+    tensors = (x, residual, _dense(weight), _dense(bias), after.scale, after.zero_point, out, statistics, inverse)
     numbers = (after.qmin, after.qmax, stored_shift(after.qmax), row_bytes)
     arguments = (*tensors, None if output == "values" else carrier, *numbers, tiles.sizes, tiles.strides)
-    options = {"ACT": after.act, "OUTPUT": output, **tiles.blocks}
-    launch(who, kernels.forward_kernel, tiles.columns * tiles.chunks, *arguments, **options, num_warps=_WARPS)
+    options = {"ACT": after.act, "OUTPUT": output, "BLOCK_N": tiles.block_n, **tiles.blocks}
+    # Half as many for a tile of one image: 32 of its elements then share what a thread knows of a channel.
+    warps = _WARPS if tiles.block_n > 1 else _WARPS // 2
+    launch(who, kernels.forward_kernel, tiles.columns * tiles.chunks, *arguments, **options, num_warps=warps)
     return y if out is y else y.copy_(out), statistics, carrier
 
 
@@ -125,11 +130,11 @@ def launch_backward(
         grad, after, residual, vectors = passed, PLAIN, None, (None,) * 4
     if need_x:
         out = dx if evenly_spaced(dx) else torch.empty_like(x, dtype=dx.dtype)
-        tiles = Tiles.of(x, grad, x if residual is None else residual, out)
+        tiles = Tiles.of(x, grad, x if residual is None else residual, out).over_images()
         through = sums if alpha > 0 else None
         tensors = (x, grad, residual, _dense(weight), *vectors[1:], statistics, through, dense_bytes(sample_mask), out)
         sizes = (after.qmin, after.qmax, tiles.sizes, tiles.strides)
-        options = {"ACT": after.act, "CLIPS": after.clips, **tiles.blocks}
+        options = {"ACT": after.act, "CLIPS": after.clips, "BLOCK_N": tiles.block_n, **tiles.blocks}
         programs = tiles.columns * tiles.chunks
         launch(who, kernels.input_gradient_kernel, programs, *tensors, *sizes, **options, num_warps=_WARPS)
         if out is not dx:

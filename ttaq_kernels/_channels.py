@@ -24,6 +24,7 @@ __all__ = [
     "offsets",
     "selected",
     "tile",
+    "tile_of_images",
 ]
 
 Strides = tuple[int, int, int]
@@ -32,6 +33,8 @@ Strides = tuple[int, int, int]
 # and how far it reaches along these neighbours. Planes of odd size need an address per element, hence the small tile.
 _CHANNELS_INSIDE = (4096, 64)
 _POSITIONS_INSIDE = (2048, 256)
+# Of an image of the latter, where a program goes over several: images, and elements of each.
+_IMAGES = (16, 256)
 # Programs of a reduction: enough for the largest GPU, and the same for all GPUs, since the split decides the rounding.
 _REDUCING_PROGRAMS = 512
 
@@ -47,9 +50,21 @@ def tile(chunk, column, positions, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr)
 
 
 @triton.jit
+def tile_of_images(
+    chunk, column, positions, images, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr
+):  # fmt: skip
+    """Images [BLOCK_N, 1, 1], channels [1, BLOCK_C, 1], positions [1, 1, BLOCK_S], which of the tile exist"""
+    group, offs_c, offs_s = tile(chunk, column, positions, BLOCK_C, BLOCK_S)
+    n = tl.arange(0, BLOCK_N)[:, None, None]
+    mask = (n < images - group.to(tl.int32) * BLOCK_N) & (offs_s < positions)[None]
+    return group * BLOCK_N + n, offs_c[None], offs_s[None], mask
+
+
+@triton.jit
 def offsets(image, offs_c, offs_s, strides):
     """Where the elements of a tile lie in a tensor with these strides."""
-    return image * strides[0] + offs_c * strides[1] + offs_s * strides[2]
+    # Images last: what a program that goes over several adds to the rest is one number.
+    return image * strides[0] + (offs_c * strides[1] + offs_s * strides[2])
 
 
 @triton.jit
@@ -106,20 +121,22 @@ def _strides(x: Tensor) -> Strides:
 
 
 class Tiles(NamedTuple):
-    """Tensors of one shape, cut into tiles of `block_c` channels x `block_s` positions.
+    """Tensors of one shape, cut into tiles of `block_n` images x `block_c` channels x `block_s` positions.
 
     Where every tensor allows it, the positions of all images make one long row, `per_sample` of them each. `columns`
-    counts the blocks of channels, `chunks` the tiles of each block.
+    counts the blocks of channels.
     """
 
     channels: int
     positions: int
     per_sample: int
     columns: int
-    chunks: int
+    images: int
     strides: tuple[Strides, ...]
     block_c: int
     block_s: int
+    pairs: bool
+    block_n: int = 1
 
     @classmethod
     def of(cls, *tensors: Tensor, pairs_of: int | None = None) -> "Tiles":
@@ -147,17 +164,35 @@ class Tiles(NamedTuple):
         if pairs_of is not None:
             columns, block_c = ceil_div(channels, 2 * pairs_of), pairs_of
             block_s = min(next_power_of_2(positions), elements // (2 * pairs_of))
-        chunks = images * ceil_div(positions, block_s)
-        return cls(channels, positions, per_sample, columns, chunks, strides, block_c, block_s)
+        return cls(channels, positions, per_sample, columns, images, strides, block_c, block_s, pairs_of is not None)
+
+    def over_images(self) -> "Tiles":
+        """For element-wise kernels: tiles of several images where threads have one element of a channel of an image.
+
+        Those are planes whose rows are not aligned. A thread would load the statistics for each of its elements.
+        """
+        most, elements = _IMAGES
+        if self.positions % 16 == 0 or self.images == 1:
+            return self
+        if self.pairs:
+            return self._replace(block_n=min(most // 2, next_power_of_2(self.images)))
+        block_n = min(most, next_power_of_2(self.images))
+        block_c = max(1, min(self.block_c, elements // self.block_s))
+        return self._replace(columns=ceil_div(self.channels, block_c), block_c=block_c, block_n=block_n)
+
+    @property
+    def chunks(self) -> int:
+        """The tiles of each block of channels."""
+        return ceil_div(self.images, self.block_n) * ceil_div(self.positions, self.block_s)
 
     @property
     def blocks(self) -> dict[str, int]:
         return {"BLOCK_C": self.block_c, "BLOCK_S": self.block_s}
 
     @property
-    def sizes(self) -> tuple[int, int, int, int]:
+    def sizes(self) -> tuple[int, int, int, int, int]:
         """What an element-wise kernel takes; it runs one program per tile."""
-        return self.channels, self.positions, self.columns, self.per_sample
+        return self.channels, self.positions, self.columns, self.per_sample, self.images
 
     def reducing(self) -> tuple[int, int, int]:
         """chunks, chunks per part and parts of a reduction, which runs `columns` x parts programs."""

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ttaq_kernels._groups import group_of, samples_per_group, sum_groups
 from ttaq_kernels._launch import ceil_div, launch, next_power_of_2, tl, triton
-from ttaq_kernels._math import round_half_even
+from ttaq_kernels._math import integer_within, round_within, rounds_within
 from ttaq_kernels.reference.norm_act_quant import gradient_carrier, stored_shift
 
 # Device functions stay without types: Triton has none.
@@ -15,6 +15,7 @@ __all__ = ["group_count", "launch_backward", "launch_forward"]
 
 _WHO = "layer_norm"
 _TILE = 2048  # elements of one program where rows are short
+_WARP_TILE = 1024  # elements of each warp of the forward
 _REDUCING_PROGRAMS = 512  # the same for all GPUs, since the split decides the rounding
 
 
@@ -58,14 +59,13 @@ def _forward_kernel(
             y += tl.load(bias_ptr + row + offs_c, mask=mask, other=0.0)
     if scale_ptr is not None:
         scale = tl.load(scale_ptr)
-        zero_point = tl.load(zero_point_ptr).to(tl.float32)
-        u = round_half_even(y * tl.div_rn(1.0, scale)) + zero_point
-        # The lower bound first: maximum drops NaN, which so becomes qmin.
-        q = tl.minimum(tl.maximum(u, tl.cast(grid[0], tl.float32)), tl.cast(grid[1], tl.float32))
+        zero_point = tl.load(zero_point_ptr)
+        low, high = (grid[0] - zero_point).to(tl.float32), (grid[1] - zero_point).to(tl.float32)
+        v = y * tl.div_rn(1.0, scale)
         if CODES:
-            y = (q - grid[2]).to(tl.int8)
+            y = (integer_within(v, low, high) + (zero_point - grid[2])).to(tl.int8)
         else:
-            y = (q - zero_point) * scale
+            y = round_within(v, low, high) * scale
     tl.store(y_ptr + offs, y, mask=mask)
 
 
@@ -116,8 +116,9 @@ def _backward_kernel(
         normalised = tl.where(mask, (x - mean) * rstd, 0.0)
         if scale_ptr is not None:
             y = normalised * weight + bias
-            u = round_half_even(y * tl.div_rn(1.0, tl.load(scale_ptr))) + tl.load(zero_point_ptr).to(tl.float32)
-            grad = tl.where((u >= tl.cast(grid[0], tl.float32)) & (u <= tl.cast(grid[1], tl.float32)), grad, 0.0)
+            zero_point = tl.load(zero_point_ptr)
+            low, high = (grid[0] - zero_point).to(tl.float32), (grid[1] - zero_point).to(tl.float32)
+            grad = tl.where(rounds_within(y * tl.div_rn(1.0, tl.load(scale_ptr)), low, high), grad, 0.0)
         along = grad * normalised
         dot += tl.sum(along, axis=0)[None, :]
         total += tl.sum(grad, axis=0)[None, :]
@@ -147,6 +148,12 @@ def _blocks(channels: int) -> dict[str, int]:
     return {"BLOCK_R": max(1, _TILE // block_c), "BLOCK_C": block_c, "num_warps": min(16, max(4, block_c // 512))}
 
 
+def _forward_blocks(channels: int) -> dict[str, int]:
+    """A warp for each 1024 channels: the quotients and the root of a row are taken by each of its threads."""
+    block_c = next_power_of_2(channels)
+    return {"BLOCK_R": max(1, _WARP_TILE // block_c), "BLOCK_C": block_c, "num_warps": max(1, block_c // _WARP_TILE)}
+
+
 def group_count(*parameters: Tensor | None) -> int:
     """Rows of weight and bias."""
     return next((len(parameter) for parameter in parameters if parameter is not None), 1)
@@ -172,7 +179,7 @@ def launch_forward(
     sizes = _sizes(x, group_count(weight, bias))
     statistics = x.new_empty(2, sizes[0], dtype=torch.float32)
     vectors = (None if t is None else t.contiguous() for t in (weight, bias, groups))
-    blocks = _blocks(sizes[1])
+    blocks = _forward_blocks(sizes[1])
     arguments = (x, *vectors, scale, zero_point, out, statistics, sizes, (qmin, qmax, stored_shift(qmax)), eps)
     launch(_WHO, _forward_kernel, ceil_div(sizes[0], blocks["BLOCK_R"]), *arguments, CODES=codes, **blocks)
     return statistics, y if out is y else y.copy_(out), gradient_carrier(x) if codes else x.new_empty(0)

@@ -27,7 +27,7 @@ from ttaq_kernels._config import tuned
 from ttaq_kernels._grid import check_grid
 from ttaq_kernels._launch import tl, triton
 from ttaq_kernels._library import register_op
-from ttaq_kernels._math import round_half_even
+from ttaq_kernels._math import round_half_even, round_within
 from ttaq_kernels._matrix import ELEMENTWISE, Matrix, dense, tile
 from ttaq_kernels._philox import Drop, check_drop, kept
 from ttaq_kernels.errors import KernelError
@@ -50,12 +50,10 @@ def _forward_kernel(
     """out = (clamp(rint(x * inv) + zero_point, qmin, qmax) - zero_point) * scale, or x where that is not kept"""
     offs, mask, channel = tile(channels, rows, cols, col_blocks, CHANNEL, BLOCK_ROWS, BLOCK_COLS)
     scale = tl.load(scale_ptr + channel)
-    zero_point = tl.load(zero_point_ptr + channel).to(tl.float32)
+    zero_point = tl.load(zero_point_ptr + channel)
+    low, high = (qmin - zero_point).to(tl.float32), (qmax - zero_point).to(tl.float32)
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    u = round_half_even(x * tl.div_rn(1.0, scale)) + zero_point
-    # The lower bound first: maximum drops NaN, which so becomes qmin.
-    q = tl.minimum(tl.maximum(u, qmin.to(tl.float32)), qmax.to(tl.float32))
-    out = (q - zero_point) * scale
+    out = round_within(x * tl.div_rn(1.0, scale), low, high) * scale
     if BITS:
         keep = kept(seed_ptr, tl.program_id(0).to(tl.int64) * BLOCK_COLS, threshold, BITS, BLOCK_COLS)
         out = tl.where(keep[None, :], out, x)

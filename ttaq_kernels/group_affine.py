@@ -28,9 +28,15 @@ from ttaq_kernels.reference import group_affine as reference
 __all__ = ["group_affine"]
 
 _WHO = "group_affine"
-_TILE = 4096  # elements of one program
-_CHANNELS = 64  # of a tile where channels are neighbours in memory and positions are many
+# Tiles where channels are neighbours in memory and positions are many: elements, channels and warps.
+_TILE = 4096
+_CHANNELS = 64
 _WARPS = 8
+# Where positions are neighbours: positions at most, those of a warp, and the elements of a warp. A thread then has
+# several positions of a channel, which it adds up before threads exchange their sums.
+_POSITIONS = 512
+_WARP_POSITIONS = 128
+_WARP_TILE = 1024
 
 
 @triton.jit
@@ -104,12 +110,14 @@ def _tiles(x: Tensor, weight: Tensor) -> tuple[int, tuple[int, ...], dict[str, A
     if x.stride(1) == 1:
         block_s = min(next_power_of_2(positions), _TILE // _CHANNELS)
         block_c = min(next_power_of_2(channels), _TILE // block_s)
+        warps = _WARPS
     else:
-        block_s = min(next_power_of_2(positions), _TILE // 8)
-        block_c = min(next_power_of_2(channels), _TILE // (2 * block_s))
+        block_s = min(next_power_of_2(positions), _POSITIONS)
+        warps = max(1, block_s // _WARP_POSITIONS)
+        block_c = min(next_power_of_2(channels), warps * _WARP_TILE // block_s)
     chunks = ceil_div(positions, block_s)
     sizes = (channels, positions, ceil_div(channels, block_c), chunks, samples_per_group(samples, len(weight)))
-    return chunks, sizes, {"BLOCK_C": block_c, "BLOCK_S": block_s, "num_warps": _WARPS}
+    return chunks, sizes, {"BLOCK_C": block_c, "BLOCK_S": block_s, "num_warps": warps}
 
 
 def _launch_forward(

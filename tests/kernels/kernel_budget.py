@@ -22,20 +22,15 @@ _STREAMING = (
 )
 _REDUCING = {"_partial_kernel", "_merge_kernel", "sums_kernel", "statistics_kernel", "_penalty_kernel", "_step_kernel"}
 
-# Start of the launch's name, kernel -> instructions per byte. In the norms every thread computes the statistics of its
-# channels before its few elements; the others take exponentials and logarithms, or a scale for each element.
+# Start of the launch's name, kernel -> instructions per byte. Layer norm takes the quotients and the root of a row in
+# each of its threads; the others take exponentials and logarithms, or a scale for each element. See docs/kernels.md.
 _ABOVE = {
-    ("batch_norm", "forward_kernel"): 11.0,
-    ("batch_norm", "input_gradient_kernel"): 14.0,
-    ("norm_act_quant", "forward_kernel"): 21.0,
-    ("norm_act_quant", "input_gradient_kernel"): 13.0,
     ("fake_quantize-forward-col", "_forward_kernel"): 9.0,
-    ("fake_quantize-lsq-col", "_backward_kernel"): 9.0,
-    ("fake_quantize-forward-plane", "_forward_kernel"): 8.0,
-    ("group_affine-7x7", "_backward_kernel"): 10.0,
-    ("layer_norm", "_forward_kernel"): 24.0,
+    ("fake_quantize-lsq-col", "_backward_kernel"): 8.5,
+    ("layer_norm-384", "_forward_kernel"): 9.5,
+    ("layer_norm-768-bfloat16", "_forward_kernel"): 12.5,
     ("reconstruction-bfloat16-p_2.4", "_kernel"): 12.0,
-    ("soft_round-soft", "_forward_kernel"): 9.5,
+    ("soft_round-soft", "_forward_kernel"): 9.0,
     ("soft_round-penalty_backward", "_penalty_backward_kernel"): 10.0,
 }
 
