@@ -102,7 +102,16 @@ def assert_all(x: Tensor, after: Epilogue, alpha: float = 0.3, grad: Tensor | No
     assert_backward(grad, x, given, alpha, after, z, statistics)
 
 
-SHAPES: list[tuple[int, ...]] = [(0, 3), (2, 0, 2, 2), (1, 1), (7, 5), (1, 3, 1, 1), (2, 70, 2, 3), (2, 9, 33), (19, 3, 3, 3)]
+SHAPES: list[tuple[int, ...]] = [
+    (0, 3),
+    (2, 0, 2, 2),
+    (1, 1),
+    (7, 5),
+    (1, 3, 1, 1),
+    (2, 70, 2, 3),
+    (2, 9, 33),
+    (19, 3, 3, 3),
+]
 CASES = [
     pytest.param(shape, layout, id=f"{'x'.join(map(str, shape))}-{layout}")
     for shape in SHAPES

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from tta_cases import batch_norm_net, group_norm_net, quantized_net, stream
+from tta_cases import batch_norm_net, group_norm_net, on_batch_statistics, quantized_net, stream
 
 from ttaq.data.augment import augment
 from ttaq.errors import InputError
@@ -16,14 +16,6 @@ from ttaq.nn.integer import IntegerLayer
 from ttaq.tta.cotta import CoTTA, live_parameters
 
 SGD: dict[str, Any] = {"optimizer": "sgd", "momentum": 0.9, "lr": 0.1}
-
-
-def on_batch_statistics(model: nn.Module) -> nn.Module:
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.train()
-            layer.running_mean, layer.running_var, layer.track_running_stats = None, None, False
-    return model
 
 
 def versions(model: nn.Module, x: Tensor, count: int, batch: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from tta_cases import CLASSES, batch_norm_net, group_norm_net, quantized_net, stream
+from tta_cases import CLASSES, batch_norm_net, group_norm_net, on_batch_statistics, quantized_net, stream
 
 from ttaq.data.augment import augment
 from ttaq.errors import InputError
@@ -24,14 +24,6 @@ def source_images() -> Tensor:
 
 def build(model: nn.Module | None = None, **options: Any) -> RMT:
     return RMT(batch_norm_net() if model is None else model, **{"source_images": source_images(), **options})
-
-
-def on_batch_statistics(model: nn.Module) -> nn.Module:
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.train()
-            layer.running_mean, layer.running_var, layer.track_running_stats = None, None, False
-    return model
 
 
 def symmetric(a: Tensor, b: Tensor) -> Tensor:
@@ -187,7 +179,7 @@ def test_composes_with_the_balance_of_the_classes() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source_images": None}, "RMT: source_images is None, expected images .* use 'cotta'"),
+        ({"source_images": None}, "RMT: source_images is None, expected at least 2 images .* use 'cotta'"),
         ({"source_images": torch.rand(3, 8, 8)}, r"RMT: source_images is shape \(3, 8, 8\)"),
         ({"teacher_momentum": 1.1}, "RMT: teacher_momentum is 1.1, expected a number from 0 to 1"),
         ({"contrast_weight": -1}, "RMT: contrast_weight is -1"),

@@ -58,6 +58,15 @@ def quantized_net(seed: int = 0) -> nn.Module:
     return copy.deepcopy(_quantized(seed))
 
 
+def on_batch_statistics(model: nn.Module) -> nn.Module:
+    """With torch's own batch norm: what an adapter's is compared with."""
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.train()
+            layer.running_mean, layer.running_var, layer.track_running_stats = None, None, False
+    return model
+
+
 def stream(batches: int = 3, batch: int = 4, seed: int = 1, size: int = 8) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.rand(batch, 3, size, size, generator=generator) for _ in range(batches)]

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from ttaq.errors import InputError
 from ttaq.tta.eta import ETA, ETAOptions
+from ttaq.tta.images import check_source_images
 
 __all__ = ["EATA"]
 
@@ -58,14 +59,9 @@ class EATA(ETA):
         weight = self.settings.fisher_weight
         if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
             raise InputError(f"{self._who}: fisher_weight is {weight!r}, expected a number >= 0")
-        if source_images is None or source_images.ndim != 4 or len(source_images) < 2:
-            got = "None" if source_images is None else f"shape {tuple(source_images.shape)}"
-            raise InputError(
-                f"{self._who}: source_images is {got}, expected at least 2 images [N, C, H, W] of the data that the "
-                f"model was trained on; without any use 'eta'"
-            )
+        images = check_source_images(self._who, source_images, "eta")
         self._fisher_names = [f"fisher/{name.replace('.', '/')}" for name in affine]
-        for name, fisher in zip(self._fisher_names, self._fisher(affine, source_images), strict=True):
+        for name, fisher in zip(self._fisher_names, self._fisher(affine, images), strict=True):
             self.register_buffer(name, fisher)
 
     @torch.enable_grad()

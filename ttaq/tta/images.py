@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ttaq.errors import InputError
 
-__all__ = ["check_images"]
+__all__ = ["check_images", "check_source_images"]
 
 
 def check_images(who: str, x: object, *, device: torch.device | None, finite: bool) -> Tensor:
@@ -34,3 +34,15 @@ def check_images(who: str, x: object, *, device: torch.device | None, finite: bo
         bad = int((~torch.isfinite(x)).sum())
         raise InputError(f"{who}: {bad} of {x.numel()} values are NaN or Inf, expected finite images; drop the batch")
     return x
+
+
+def check_source_images(who: str, images: Tensor | None, without: str) -> Tensor:
+    """Return `images` if they are at least 2, [N, C, H, W]; else `InputError` naming `who`, and the method that works
+    `without` any."""
+    if images is None or images.ndim != 4 or len(images) < 2:
+        got = "None" if images is None else f"shape {tuple(images.shape)}"
+        raise InputError(
+            f"{who}: source_images is {got}, expected at least 2 images [N, C, H, W] of the data that the model was "
+            f"trained on; without any use {without!r}"
+        )
+    return images

@@ -15,6 +15,7 @@ from ttaq.errors import InputError
 from ttaq.nn.adapt_norms import adaptive_batch_norms
 from ttaq.nn.classifier import find_classifier, logits_and_features
 from ttaq.tta.cotta import live_parameters
+from ttaq.tta.images import check_source_images
 from ttaq.tta.norm_learner import NormLearner, NormOptions
 from ttaq.tta.teacher import Teacher
 from ttaq_kernels import softmax_cross_entropy
@@ -97,14 +98,9 @@ class RMT(NormLearner):
             value = getattr(self.settings, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
                 raise InputError(f"RMT: {name} is {value!r}, expected a number from {low:g} to {high:g}")
-        if source_images is None or source_images.ndim != 4 or len(source_images) < 1:
-            got = "None" if source_images is None else f"shape {tuple(source_images.shape)}"
-            raise InputError(
-                f"RMT: source_images is {got}, expected images [N, C, H, W] of the data that the model was trained on; "
-                f"without any use 'cotta'"
-            )
+        images = check_source_images("RMT", source_images, "cotta")
         self.teacher = Teacher(self._of_the_model(affine))
-        self.register_buffer("prototypes", self._class_means(source_images))
+        self.register_buffer("prototypes", self._class_means(images))
 
     @staticmethod
     def _of_the_model(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
