@@ -345,5 +345,16 @@ def test_csv_leaves_empty_what_was_not_measured() -> None:
     assert line["memory_peak_mb"] == ""
 
 
+def test_csv_has_the_parts_of_latency_and_memory_where_rows_have_them() -> None:
+    (row, *rest) = domain_rows("tent", 0, [9.0, 19.0, 29.0])
+    row["latency_ms"] |= {"p99": 3.0, "forward": {"p50": 0.5, "p95": 1.5, "p99": 2.5}}
+    row["memory"]["weights_mb"] = 1.25
+    row["counters"] = {"alarms": 2}
+    first, second, _ = csv.DictReader(io.StringIO(csv_table(build_report([row, *rest], "tent"))))
+    names = ("latency_p99_ms", "forward_p50_ms", "forward_p99_ms", "update_p50_ms", "weights_mb", "state_mb", "alarms")
+    assert [first[name] for name in names] == ["3.0", "0.5", "2.5", "", "1.25", "", "2"]
+    assert [second[name] for name in names] == [""] * 7
+
+
 def test_table_is_aligned() -> None:
     assert table(["a", "bb"], [["long", "1"]]).splitlines() == ["| a    | bb |", "|------|---:|", "| long |  1 |"]

@@ -32,6 +32,19 @@ def test_without_an_alarm_it_is_the_adapter(name: str) -> None:
     assert_same(guarded.adapter.state_dict(), plain.state_dict())
 
 
+def test_nearest_is_the_worst_that_each_signal_was() -> None:
+    guarded = Guarded(TESTED["tent"](batch_norm_net()), QUIET)
+    seen = []
+    for x in stream(6, batch=16):
+        guarded(x)
+        seen.append(dict(guarded.signals))
+    worst = {name: min if name in ("entropy", "classes", "batch_classes") else max for name in seen[0]}
+    assert guarded.nearest == {name: choose(one[name] for one in seen) for name, choose in worst.items()}
+    assert all(len({one[name] for one in seen}) > 1 for name in worst)
+    guarded.reset()
+    assert guarded.nearest == {}
+
+
 @pytest.mark.parametrize("net", [batch_norm_net, quantized_net])
 @pytest.mark.parametrize("lr", [0.1, 1.0, 30.0])
 def test_a_step_that_is_too_large_is_taken_back_and_learning_pauses(net: Any, lr: float) -> None:

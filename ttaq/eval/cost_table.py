@@ -9,9 +9,9 @@ from ttaq.eval.report import Entry
 from ttaq.eval.rows import Row
 from ttaq.eval.table import table
 
-__all__ = ["cost_tables"]
+__all__ = ["MEMORY_PARTS", "cost_tables"]
 
-_PARTS = ("weights_mb", "optimizer_mb", "state_mb", "activations_mb")
+MEMORY_PARTS = ("weights_mb", "optimizer_mb", "state_mb", "activations_mb")
 
 
 def cost_tables(entries: Mapping[str, Entry]) -> list[str]:
@@ -58,4 +58,4 @@ def _latency(rows: list[Row]) -> list[str]:
 
 
 def _memory(rows: list[Row]) -> list[str]:
-    return [f"{max(row['memory'][part] for row in rows if _split(row)):.3g}" for part in _PARTS]
+    return [f"{max(row['memory'][part] for row in rows if _split(row)):.3g}" for part in MEMORY_PARTS]

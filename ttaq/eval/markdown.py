@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ttaq.eval.cost_table import cost_tables
+from ttaq.eval.guard_table import guard_table
 from ttaq.eval.report import Entry, Report
 from ttaq.eval.table import table
 
@@ -26,6 +27,7 @@ def markdown(report: Report) -> str:
     for group in report.groups:
         parts += [f"## {group}", *_calibration(report, group), _summary(report, group), _by_domain(report, group)]
         parts += cost_tables({method: e for method in report.methods if (e := report.entry(group, method)) is not None})
+        parts += guard_table(report, group)
         parts += _gaps(report, group)
     parts += _between_groups(report)
     parts.append(_memory_note(report))

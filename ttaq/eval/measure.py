@@ -171,7 +171,16 @@ def measure_domain(
         "domains": len(domains),
         **measured.row(domains.plan(index).recipes),
         "counters": dict(stepper.counters),
+        **_signals(stepper),
     }
+
+
+def _signals(stepper: Stepper) -> dict[str, Any]:
+    while not isinstance(stepper, Adapter):
+        if isinstance(stepper, Guarded):
+            return {"signals": dict(stepper.nearest)}
+        stepper = stepper.adapter
+    return {}
 
 
 def adapter_of(stepper: Stepper) -> Adapter:

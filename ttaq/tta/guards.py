@@ -14,10 +14,10 @@ from ttaq.errors import CheckpointError, InputError
 from ttaq.nn.adapt_norms import norm_affine
 from ttaq.tta.adapter import Adapter
 
-__all__ = ["REASONS", "Guarded", "Limits"]
+__all__ = ["FROM_BELOW", "REASONS", "Guarded", "Limits"]
 
 REASONS = ("nonfinite", "entropy", "classes", "spike", "drift")
-_FROM_BELOW = ("entropy", "classes", "batch_classes")
+FROM_BELOW = ("entropy", "classes", "batch_classes")
 _REASON_OF = {"batch_classes": "classes", "drift_per_batch": "drift"}
 _HORIZON = 2000  # images that the running means remember, more for many classes
 _MOST_DOUBLINGS = 6
@@ -75,6 +75,8 @@ class Guarded:
         spike       the entropy of this batch is too far above its running mean
         drift       the norms' parameters are too far from those of the source
 
+    `nearest` has, by the same names, the value of each that came nearest to its limit, or went farthest beyond.
+
     On an alarm the adapter returns to its last good state, or to the source if it came from that state less than
     `snapshot_every` batches ago; the batch is answered again from there; nothing is learned for `pause` batches, twice
     as long after each further alarm and half as long after each good snapshot. Non-finite logits alone, with a state
@@ -88,7 +90,7 @@ class Guarded:
     Learning more than one step ahead of the first alarm is not undone: the answers in between stand. Costs one
     synchronisation per batch and some ten small operations.
 
-    State: that of the adapter, the last good one, the running means, the alarms.
+    State: that of the adapter, the last good one, the running means, the nearest values, the alarms.
     """
 
     def __init__(self, adapter: Adapter, limits: Limits | None = None) -> None:
@@ -97,11 +99,12 @@ class Guarded:
         self.adapter = adapter
         self.limits = limits or Limits()
         self.signals: dict[str, float] = {}
+        self.nearest: dict[str, float] = {}
         self.alarms: list[Alarm] = []
         self._begin()
 
     def _begin(self) -> None:
-        self.alarms = []
+        self.alarms, self.nearest = [], {}
         self._good = self._source = self.adapter.state_dict()
         self._numbers = dict.fromkeys(("batches", "since", "pause", "paused", "strikes"), 0)
         self._forget()
@@ -174,6 +177,7 @@ class Guarded:
             "numbers": dict(self._numbers),
             "mean": None if self._mean is None else self._mean.clone(),
             "entropy": self._entropy,
+            "nearest": dict(self.nearest),
             "alarms": [list(alarm) for alarm in self.alarms],
         }
 
@@ -197,6 +201,7 @@ class Guarded:
             self.adapter.load_state_dict(before)
             raise
         self._good, self._numbers, self._entropy = state["good"], dict(state["numbers"]), float(state["entropy"])
+        self.nearest = dict(state["nearest"])
         device = next(self.model.parameters()).device
         self._mean = None if state["mean"] is None else state["mean"].to(device)
         self.alarms = [Alarm(*alarm) for alarm in state["alarms"]]
@@ -260,7 +265,10 @@ class Guarded:
             "drift": drift,
         }
         for name, value in self.signals.items():
+            worse = min if name in FROM_BELOW else max
+            self.nearest[name] = worse(value, self.nearest.get(name, value))
+        for name, value in self.signals.items():
             limit = getattr(limits, name)
-            if value < limit if name in _FROM_BELOW else value > limit:
+            if value < limit if name in FROM_BELOW else value > limit:
                 return Alarm(number, _REASON_OF.get(name, name), value, limit)
         return None
