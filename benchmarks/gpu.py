@@ -4,7 +4,8 @@
 
 Needs no network and installs nothing. Each call continues where the last one stopped: what was right with this code on
 this device is not done again. Results are JSON lines in the folder: gpu_checks.jsonl, gpu_tests.jsonl,
-kernels_cuda.jsonl. The exit status is 0 if all that was run is right, 1 if not, 2 if there is no CUDA device.
+qdrop_step_cuda.jsonl, kernels_cuda.jsonl. The exit status is 0 if all that was run is right, 1 if not, 2 if there is no
+CUDA device.
 """
 
 import argparse
@@ -129,6 +130,9 @@ def main(arguments: list[str] | None = None) -> int:
             watched = [sys.executable, "-m", "benchmarks.gpu_checklist", "--only", _TINY]
             command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *watched]
             part.run(f"compute-sanitizer {tool}", "", command, {0})
+    step = Path(__file__).with_name("qdrop_step.py")
+    steps = ["--device", "cuda", "--out", str((options.out / "qdrop_step_cuda.jsonl").resolve())]
+    part.run("a step of QDrop", _content(step), [sys.executable, "-m", "benchmarks.qdrop_step", *steps], {0})
     if part.seconds() > 0:
         rows = str((options.out / "kernels_cuda.jsonl").resolve())
         budget = ["--budget-s", f"{part.seconds():.0f}", "--out", rows]

@@ -1,6 +1,6 @@
 """Times one step of QDrop on a residual block of ResNet-20: our ops beside plain torch, eager and compiled.
 
-    python -m benchmarks.qdrop_step [--threads N] [--forms LIST] [--repetitions N] [--out FILE]
+    python -m benchmarks.qdrop_step [--device cuda] [--threads N] [--forms LIST] [--repetitions N] [--out FILE]
 
 A step: gather a batch of 32 from the cached inputs (quantized and float, mixed element by element), soft-round the
 weights of both convolutions (4 bits, per channel), quantize the activations after each of them (4 bits, LSQ, QDrop),
@@ -11,7 +11,8 @@ on both sides. The plain side is written from the formulas, one torch op after t
 Before anything is timed, both sides take a few steps from the same start with the same random bits, and must agree in
 their losses, weights and scales; the exit status is 1 if they do not. Then all forms take a step in turn, again and
 again, so that what else runs on the machine hits all of them. Printed are medians by the clock and of CPU time, which
-is what the clock would show for one thread on an idle machine, and the medians of the ratios within a turn.
+is what the clock would show for one thread on an idle machine, and the medians of the ratios within a turn. At the end
+stands the share of each op in the time of an eager step of ours, forward and backward together, by torch's profiler.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import json
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +28,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_map
 
 from benchmarks import measure
 from benchmarks.lsq_drop import KEEP, kept_like
@@ -38,6 +43,17 @@ BATCH, CACHED, BITS, QMAX = 32, 128, 4, 15
 LR_ROUNDING, LR_SCALE, LAMBDA, BETA = 1e-3, 4e-5, 0.01, 20.0
 CHECKED_STEPS, TOLERANCE = 5, 2e-4
 FORMS = ("plain eager", "plain compiled", "ttaq eager", "ttaq compiled")
+# What the name of an op has in it, and what the op is called in the table of shares; Adam also launches ops of others.
+PARTS = {
+    "Adam": "Adam",
+    "reconstruction_loss": "reconstruction_loss",
+    "fake_quantize": "fake_quantize",
+    "gather_mix": "gather_mix",
+    "soft_round": "soft_round_step_",
+    "onv": "convolution",
+    "elu": "ReLU",
+}
+PROFILED_STEPS = 10
 
 
 class Block(NamedTuple):
@@ -53,7 +69,7 @@ class Block(NamedTuple):
     zero_point: Tensor
 
     @classmethod
-    def of(cls, channels: int, side: int) -> "Block":
+    def of(cls, channels: int, side: int, device: torch.device | None = None) -> "Block":
         draw = torch.Generator().manual_seed(channels)
         shape = CACHED, channels, side, side
         floating = torch.randn(shape, generator=draw).relu_().contiguous(memory_format=torch.channels_last)
@@ -66,7 +82,8 @@ class Block(NamedTuple):
         zero_point = torch.zeros(1, dtype=torch.int32)
         quantized = fake_quantize(floating, scales[0], zero_point, 0, QMAX)
         grids = [search_scale(w, BITS, axis=0) for w in weights]
-        return cls(quantized, floating, target, weights, biases, grids, scales[1:], zero_point)
+        here = (quantized, floating, target, weights, biases, grids, scales[1:], zero_point)
+        return cls(*tree_map(lambda tensor: tensor.to(device), here))
 
 
 class Ours:
@@ -80,8 +97,8 @@ class Ours:
         self.weights = [rounding.w_hat.requires_grad_() for rounding in self.roundings]
         self.scales = [scale.clone().requires_grad_() for scale in block.scales]
         self.adam = torch.optim.Adam(self.scales, lr=LR_SCALE, fused=True)
-        self.knobs = torch.tensor([LR_ROUNDING, BETA, LAMBDA, 0.0])
-        self.seeds = torch.arange(3)
+        self.knobs = torch.tensor([LR_ROUNDING, BETA, LAMBDA, 0.0], device=block.target.device)
+        self.seeds = torch.arange(3, device=block.target.device)
         self.loss = torch.compile(self._loss, fullgraph=True, dynamic=False) if compiled else self._loss
 
     def _loss(self, index: Tensor, weights: list[Tensor], scales: list[Tensor], seeds: Tensor) -> Tensor:
@@ -165,10 +182,10 @@ class Plain:
         return loss.detach()
 
 
-def batches() -> Iterator[Tensor]:
+def batches(device: torch.device) -> Iterator[Tensor]:
     draw = torch.Generator().manual_seed(0)
     while True:
-        yield torch.randperm(CACHED, generator=draw)[:BATCH]
+        yield torch.randperm(CACHED, generator=draw)[:BATCH].to(device)
 
 
 def make(form: str, block: Block) -> Ours | Plain:
@@ -180,7 +197,7 @@ def largest_error(block: Block, compiled: bool) -> float:
     """The largest difference between the sides after some steps with the same bits, relative to what it is of."""
     ours, plain = Ours(block, compiled), Plain(block)
     errors = []
-    for index, _ in zip(batches(), range(CHECKED_STEPS), strict=False):
+    for index, _ in zip(batches(block.target.device), range(CHECKED_STEPS), strict=False):
         like = block.target[:BATCH]
         masks: list[Tensor | None] = [kept_rows(like, ours.seeds[0]), *(kept_like(like, s) for s in ours.seeds[1:])]
         expected = plain.step(index, masks).item()
@@ -195,7 +212,7 @@ def largest_error(block: Block, compiled: bool) -> float:
 def measure_all(block: Block, forms: list[str], repetitions: int) -> dict[str, dict[str, list[float]]]:
     """Milliseconds of every step of each form, by the clock and of CPU time."""
     made = {form: make(form, block) for form in forms}
-    indices = batches()
+    indices = batches(block.target.device)
     for sides in made.values():
         for _ in range(3):
             sides.step(next(indices))
@@ -203,11 +220,36 @@ def measure_all(block: Block, forms: list[str], repetitions: int) -> dict[str, d
     for _ in range(repetitions):
         index = next(indices)
         for form, sides in made.items():
+            wait(index.device)
             wall, cpu = time.perf_counter(), time.process_time()
             sides.step(index)
+            wait(index.device)
             times[form]["cpu_ms"].append(1e3 * (time.process_time() - cpu))
             times[form]["wall_ms"].append(1e3 * (time.perf_counter() - wall))
     return times
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def shares(block: Block) -> dict[str, float]:
+    """The share of each op in the time of a step, as the profiler adds it up: on a GPU that of its kernels."""
+    device = block.target.device
+    ours, indices = Ours(block), batches(device)
+    ours.step(next(indices))
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=kinds) as profiler:
+        for _ in range(PROFILED_STEPS):
+            ours.step(next(indices))
+        wait(device)
+    times: Counter[str] = Counter()
+    for event in profiler.events():
+        if event.cpu_parent is None and event.device_type == DeviceType.CPU:
+            name = next((part for key, part in PARTS.items() if key in event.name), "other")
+            times[name] += event.device_time_total if device.type == "cuda" else event.cpu_time_total
+    return {name: round(value / times.total(), 4) for name, value in times.most_common()}
 
 
 def rows_of(stage: str, times: dict[str, dict[str, list[float]]]) -> Iterator[dict[str, Any]]:
@@ -227,14 +269,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--forms", default=",".join(FORMS), help="what to time, separated by commas")
     parser.add_argument("--repetitions", type=int, default=30, help="turns, in which every form takes a step")
     parser.add_argument("--out", type=Path, help="file of JSON lines to append to")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     options = parser.parse_args(arguments)
     forms = options.forms.split(",")
     if unknown := set(forms) - set(FORMS):
         parser.error(f"--forms: unknown {sorted(unknown)}, expected some of {','.join(FORMS)}")
     torch.set_num_threads(options.threads)
-    machine = measure.environment(torch.device("cpu"))
+    torch.backends.cudnn.allow_tf32 = False  # or the sides would differ
+    machine = measure.environment(options.device)
     for stage, (channels, side) in STAGES.items():
-        block = Block.of(channels, side)
+        block = Block.of(channels, side, options.device)
         torch.compiler.reset()
         for compiled in {form.endswith("compiled") for form in forms if form.startswith("ttaq")}:
             error = largest_error(block, compiled)
@@ -245,11 +289,19 @@ def main(arguments: list[str] | None = None) -> int:
         for row in rows_of(stage, measure_all(block, forms, options.repetitions)):
             wall, cpu = (f"{row[c]:8.2f} ms, ratio {row[f'{c}_ratio']:5.2f}" for c in ("wall_ms", "cpu_ms"))
             print(f"{stage}  {row['form']:15} wall {wall}   cpu {cpu}", flush=True)
-            if options.out:
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                with options.out.open("a") as file:
-                    file.write(json.dumps(row | machine) + "\n")
+            append(options.out, row | machine)
+        if "ttaq eager" in forms:
+            found = shares(block)
+            print(f"{stage}  " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in found.items()), flush=True)
+            append(options.out, {"stage": stage, "batch": BATCH, "form": "ttaq eager", "shares": found} | machine)
     return 0
+
+
+def append(path: Path | None, row: dict[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

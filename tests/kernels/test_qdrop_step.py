@@ -23,12 +23,19 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 def test_rows(bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "new" / "rows.jsonl"
     assert bench.main(["--forms", "plain eager,ttaq eager", "--repetitions", "2", "--out", str(path)]) == 0
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    *rows, last = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["form"] for row in rows] == ["plain eager", "ttaq eager"]
     assert all(row[f"{clock}_min"] <= row[clock] for row in rows for clock in ("wall_ms", "cpu_ms"))
     assert rows[0]["wall_ms_ratio"] == rows[0]["cpu_ms_ratio"] == 1
     assert rows[0].keys() >= {"stage", "batch", "device", "torch", "source", "date"}
-    assert "ttaq eager" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "ttaq eager" in printed
+    shares = last["shares"]
+    parts = {"convolution", "reconstruction_loss", "fake_quantize", "gather_mix", "soft_round_step_", "Adam", "ReLU"}
+    assert shares.keys() >= parts
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
+    assert min(shares.values()) >= 0
+    assert f"convolution {100 * shares['convolution']:.0f} %" in printed
 
 
 def test_sides_that_differ_are_not_timed(
