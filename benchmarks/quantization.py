@@ -3,8 +3,9 @@
     python -m benchmarks.quantization --arms known,mode --schemes W2A4,W3A3 --seeds 0,1,2 --stage choose
 
 `--stage choose` runs on the validation images and corruptions, `--stage report` on the reporting images and the 15
-corruptions. A model that is there is not quantized again, a row that is there not run again: interrupted, the same
-command goes on. `--base ARM` is what the arms of `parts` change.
+corruptions, `--stage clean` on the clean test images without adaptation. A model that is there is not quantized again,
+a row that is there not run again: interrupted, the same command goes on. `--base ARM` is what the arms of `parts`
+change.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ PLAN = Path(__file__).with_suffix(".toml")
 STAGES = {
     "choose": ["--corruptions", "validation", "--split", "validate"],
     "report": ["--corruptions", "all", "--split", "report"],
+    "clean": ["--corruptions", "clean", "--split", "all"],
 }
 
 
@@ -44,11 +46,10 @@ def run(arm: str, settings: dict[str, Any], scheme: str, seed: int, args: argpar
     """One model: quantized, then adapted by each method."""
     options = dict(settings)
     method = options.pop("method")
-    model = (
-        args.work / f"{args.model.split(':')[0]}-{scheme}-{arm}-{args.preset}-{args.iterations or 0}-{seed}.safetensors"
-    )
+    name = f"{args.model.split(':')[0]}-{scheme}-{arm}-{args.preset}-{args.iterations or 0}-{seed}.safetensors"
+    model = args.model if method == "float" else args.work / name
     common = ["--dataset", args.dataset, "--threads", "1"]
-    if not model.exists():
+    if method != "float" and not model.exists():
         if args.iterations and method != "rtn":
             options["iterations"] = args.iterations
         flags = [f"--option={method}.{name}={value}" for name, value in options.items()]
@@ -58,9 +59,10 @@ def run(arm: str, settings: dict[str, Any], scheme: str, seed: int, args: argpar
         )  # fmt: skip
         if code:
             raise SystemExit(code)
+    methods = "source" if args.stage == "clean" else args.methods
     code = ttaq(
         ["adapt", "--model", str(model), *common, *STAGES[args.stage], "--images", str(args.images), "--batch-size",
-         str(args.batch_size), "--methods", args.methods, "--seeds", str(seed), "--out", str(args.out)]
+         str(args.batch_size), "--methods", methods, "--seeds", str(seed), "--out", str(args.out)]
     )  # fmt: skip
     if code:
         raise SystemExit(code)

@@ -61,7 +61,8 @@ def test_quantize_adapt_report(files: Path, tmp_path: Path, capsys: pytest.Captu
 def test_quantize_by_training_goes_on_where_it_was_interrupted(files: Path, tmp_path: Path) -> None:
     def argv(out: str) -> list[str]:
         shared = ["--dataset", "digits", "--scheme", "W2A4", "--calibration", "16", "--threads", "1"]
-        settings = ["--method", "ttaq", "--preset", "fast", "--option", "ttaq.iterations=25"]
+        settings = ["--method", "ttaq", "--preset", "fast"]
+        settings += ["--option", "ttaq.iterations=25", "--option", "ttaq.distillation=5"]
         return [
             "quantize",
             "--model",

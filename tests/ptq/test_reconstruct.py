@@ -27,7 +27,8 @@ SHORT = {"iterations": 3, "batch_size": 4}
 
 
 def short(method: str = "qdrop", name: str = "resnet", scheme: str = "W2A4", **options: object) -> QuantizedModel:
-    settings = {**SHORT, **options.pop("settings", {})}
+    own = {"distillation": 10} if method == "ttaq" else {}
+    settings = {**SHORT, **own, **options.pop("settings", {})}
     return quantize(net(name), images(name), scheme, method, preset="fast", settings=settings, **options)
 
 
@@ -272,7 +273,7 @@ def test_replayed_steps_are_the_steps(method: str) -> None:
     """Inputs that lie on the GPU are trained on through a CUDA graph, inputs on disk step by step."""
 
     def trained(cache_mb: float) -> QuantizedModel:
-        settings = {"iterations": 40, "batch_size": 8, "perturbation": 1.0}
+        settings = {"iterations": 40, "batch_size": 8, "perturbation": 1.0, "distillation": 0}
         return quantize(net().cuda(), images(), "W2A4", method, preset="fast", settings=settings, cache_mb=cache_mb)
 
     captured, eager = (quantized_layers(trained(cache_mb)) for cache_mb in (100, 0))

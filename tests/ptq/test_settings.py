@@ -25,13 +25,14 @@ def test_the_methods_are_those_of_their_papers() -> None:
     assert (brecq.single_layers, brecq.keep_quantized) == (False, 1.0)
     assert (qdrop.iterations, qdrop.keep_quantized, qdrop.weight_lr, qdrop.scale_lr) == (20_000, 0.5, 1e-3, 4e-5)
     assert (pdquant.prediction, pdquant.temperature, pdquant.weight_lr) == (10.0, 4.0, 3e-3)
-    assert (ttaq.norm_statistics, ttaq.keep_quantized) == ("batch", 1.0)
+    assert (ttaq.norm_statistics, ttaq.keep_quantized, ttaq.distillation) == ("batch", 1.0, 4000)
 
 
 def test_presets_lie_between_the_method_and_what_the_caller_sets() -> None:
     assert settings_of("qdrop", "fast").iterations == 400
     assert settings_of("qdrop", "fast", {"iterations": 7}).iterations == 7
     assert settings_of("qdrop", "fast").keep_quantized == 0.5
+    assert (settings_of("ttaq", "fast").distillation, settings_of("qdrop", "fast").distillation) == (400, 0)
     assert settings_of("adaround", "fast").scale_lr == 0, "what a method leaves alone, a preset does not train"
     assert settings_of("rtn", "fast") is None
 

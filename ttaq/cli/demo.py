@@ -22,7 +22,10 @@ __all__ = ["IF_INTERRUPTED", "add_arguments", "execute"]
 IF_INTERRUPTED = "run the command again"
 
 _SCHEME = "W2A4"
-_SETTINGS: dict[str, dict[str, int]] = {"rtn": {}, "ttaq": {"iterations": 200}}  # in seconds, not minutes
+_SETTINGS: dict[str, dict[str, int]] = {
+    "rtn": {},
+    "ttaq": {"iterations": 200, "distillation": 100},  # in seconds, not minutes
+}
 _METHODS = ("source", "norm", "tent")
 _CALIBRATION = 256
 

@@ -16,7 +16,14 @@ Centring = Literal["off", "channel", "tensor", "compensated"]
 
 # `fast` decides in 400 steps what 20,000 small ones decide: larger steps, and a stronger pull to 0 or 1.
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"iterations": 400, "weight_lr": 3e-2, "scale_lr": 1e-3, "affine_lr": 1e-3, "rounding_penalty": 0.03},
+    "fast": {
+        "iterations": 400,
+        "weight_lr": 3e-2,
+        "scale_lr": 1e-3,
+        "affine_lr": 1e-3,
+        "rounding_penalty": 0.03,
+        "distillation": 400,
+    },
     "paper": {},
 }
 
