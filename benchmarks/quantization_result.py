@@ -1,6 +1,6 @@
 """What the rows of `benchmarks.quantization --stage report` say: errors by scheme, arm and method, and the claim.
 
-    python -m benchmarks.quantization_result ROWS... [--claim ARM] [--against ARM] [--plot FILE]
+    python -m benchmarks.quantization_result ROWS... [--arms LIST] [--claim ARM] [--against ARM] [--plot FILE]
 
 Prints two Markdown tables. The first has the mean error (%) of every arm under every method, with its 95 % t interval
 over the seeds. The second has, paired by seed, the claimed arm minus the one it is to beat, and minus the float model
@@ -104,11 +104,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, nargs="+")
     parser.add_argument("--base", default="batch_affine_keep_1", help="what `parts` change")
+    parser.add_argument("--arms", help="some of them, separated by commas")
     parser.add_argument("--claim", default="distillation", help="the arm that is TTAQ")
     parser.add_argument("--against", default="qdrop")
     parser.add_argument("--plot", type=Path, help="file to draw the errors to")
     args = parser.parse_args(arguments)
     errors = errors_of([row for path in args.rows for row in read_rows(path)], args.base)
+    if args.arms:
+        errors = {key: seeds for key, seeds in errors.items() if key[1] in args.arms.split(",")}
     schemes = schemes_of(errors)
     tables = errors_table(errors, schemes), claim_table(errors, schemes, args.claim, args.against)
     print("\n\n".join("\n".join(table) for table in tables))

@@ -13,10 +13,11 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
-# The commands that the page of results gives for its tables.
+# The commands that pages give for their tables.
 REPORTS = [
     line.split()[1:]
-    for line in (ROOT / "docs/results.md").read_text().splitlines()
+    for page in sorted(ROOT.glob("docs/*.md"))
+    for line in page.read_text().splitlines()
     if line.startswith("ttaq report benchmarks/")
 ]
 

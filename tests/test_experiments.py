@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import adaptation, quantization, quantization_choice
+from benchmarks import adaptation, quantization, quantization_choice, quantization_result
 from ttaq.ptq import METHODS as QUANTIZATION
 from ttaq.ptq import settings_of
 from ttaq.tta import METHODS, build
@@ -80,4 +80,33 @@ def test_the_table_of_the_choice_is_that_of_its_rows(capsys: pytest.CaptureFixtu
     rows = root / "benchmarks" / "results" / "quantization_choose.jsonl"
     monkeypatch.setattr("sys.argv", ["quantization_choice", str(rows)])
     quantization_choice.main()
-    assert capsys.readouterr().out in (root / "docs" / "results.md").read_text()
+    assert capsys.readouterr().out in (root / "docs" / "quantization.md").read_text()
+
+
+def test_the_tables_of_the_result_are_those_of_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    root = quantization.PLAN.parent.parent
+    quantization_result.main([str(root / "benchmarks" / "results" / "quantization_report.jsonl")])
+    assert capsys.readouterr().out in (root / "docs" / "quantization.md").read_text()
+
+
+FLAGS = {
+    "float": "",
+    "qdrop": "search=mse",
+    "distillation": "affine_lr=0.001,distillation=400,keep_quantized=1.0,norm_statistics=batch",
+}
+
+
+def rows_of_result(arm: str, scheme: str, errors: list[float]) -> list[dict[str, Any]]:
+    cell = {"kind": "summary", "method": "norm", "scheme": scheme, "quantization": f"qdrop({FLAGS[arm]})"}
+    return [cell | {"seed": seed, "error": error} for seed, error in enumerate(errors)]
+
+
+def test_the_claim_is_paired_by_seed() -> None:
+    rows = rows_of_result("float", "float", [20.0, 22.0, 24.0])
+    rows += rows_of_result("qdrop", "W2A4", [30.0, 33.0, 36.0]) + rows_of_result("distillation", "W2A4", [29.0, 31.0])
+    errors = quantization_result.errors_of(rows, "batch_affine_keep_1")
+    assert quantization_result.schemes_of(errors) == ["W2A4"]
+    lines = quantization_result.claim_table(errors, ["W2A4"], "distillation", "qdrop")
+    assert lines[2] == "| W2A4 | norm | -1.50 ± 6.35 (n = 2) | +9.00 ± 0.00 (n = 2) |"
+    with pytest.raises(SystemExit, match="two results for W2A4, qdrop, norm, seed 0"):
+        quantization_result.errors_of([*rows, *rows_of_result("qdrop", "W2A4", [31.0])], "batch_affine_keep_1")

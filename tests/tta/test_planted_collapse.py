@@ -46,14 +46,14 @@ def error(adapter: Adapter | Guarded, stream: list[tuple[Tensor, Tensor]], burst
     return 100 * wrong / sum(len(labels) for _, labels in stream)
 
 
-@pytest.mark.parametrize("times", [10, 300])
+@pytest.mark.parametrize("times", [10, 30, 300])
 def test_a_learning_rate_that_is_too_large(data_folder: Path, model: torch.nn.Module, times: int) -> None:
     stream = batches(data_folder)
     norm = error_of_norm(data_folder, model)
     guarded = Guarded(build("tent", model, lr=1e-3 * times))
     assert error(guarded, stream) < norm + 2
     assert guarded.alarms
-    if times > 10:  # what it is that was planted
+    if times == 300:  # what it is that was planted
         assert error(build("tent", model, lr=1e-3 * times), stream) > norm + 10
 
 
@@ -62,7 +62,7 @@ def test_a_stream_sorted_by_class(data_folder: Path, model: torch.nn.Module) -> 
     assert error(Guarded(build("tent", model)), stream) < error_of_norm(data_folder, model, 0) + 2
 
 
-@pytest.mark.parametrize("value", [float("nan"), 0.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
 def test_a_burst_of_broken_images(data_folder: Path, model: torch.nn.Module, value: float) -> None:
     stream = batches(data_folder)
     burst = torch.full((50, 3, 32, 32), value)
