@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import adaptation, quantization, quantization_choice, quantization_result
+from benchmarks import adaptation, adaptation_choice, quantization, quantization_choice, quantization_result
+from ttaq.eval import Stream
 from ttaq.ptq import METHODS as QUANTIZATION
 from ttaq.ptq import settings_of
 from ttaq.tta import METHODS, build
@@ -110,3 +111,31 @@ def test_the_claim_is_paired_by_seed() -> None:
     assert lines[2] == "| W2A4 | norm | -1.50 ± 6.35 (n = 2) | +9.00 ± 0.00 (n = 2) |"
     with pytest.raises(SystemExit, match="two results for W2A4, qdrop, norm, seed 0"):
         quantization_result.errors_of([*rows, *rows_of_result("qdrop", "W2A4", [31.0])], "batch_affine_keep_1")
+
+
+def rows_of_choice(stream: str, options: dict[str, Any], errors: list[float]) -> list[dict[str, Any]]:
+    flags = {"iid": {}, "dirichlet01": {"delta": 0.1}, "tail": {"tail": 0.05}}[stream]
+    cell = {"kind": "summary", "method": "tent", "scheme": "W4A4", "options": {"lr": 1e-3, **options}}
+    return [
+        cell | {"seed": seed, "class_error": error, "stream": str(Stream(dataset="digits", seed=seed, **flags))}
+        for seed, error in enumerate(errors)
+    ]
+
+
+def test_the_rule_of_adaptation() -> None:
+    rows = [row for name in ("iid", "dirichlet01", "tail") for row in rows_of_choice(name, {}, [20.0, 30.0])]
+    good, costly = {"abl": "gradient"}, {"abl": "frequency", "abl_loss": "hard"}
+    rows += rows_of_choice("iid", good, [20.25, 30.25]) + rows_of_choice("tail", good, [19.0, 29.0])
+    errors = adaptation_choice.errors_of(rows)
+    assert adaptation_choice.change(errors, "gradient_soft", "iid") == 0.25
+    assert adaptation_choice.figure(errors, "gradient_soft") is None
+    rows += rows_of_choice("dirichlet01", good, [18.0, 30.0])
+    for stream, change in (("iid", 0.5), ("dirichlet01", -5.0), ("tail", -5.0)):
+        rows += rows_of_choice(stream, costly, [20 + change, 30 + change])
+    errors = adaptation_choice.errors_of(rows)
+    assert adaptation_choice.figure(errors, "gradient_soft") == -1.0
+    assert adaptation_choice.figure(errors, "frequency_hard") == -5.0
+    assert adaptation_choice.chosen(errors, ["gradient_soft", "frequency_hard"]) == "gradient_soft"
+    for stream in ("iid", "dirichlet01", "tail"):
+        rows += rows_of_choice(stream, good | {"abl_answer": 1.0}, [15.0])
+    assert adaptation_choice.figure(adaptation_choice.errors_of(rows), "gradient_soft+answer_1") == -5.0
