@@ -31,6 +31,7 @@ __all__ = ["layer_norm", "layer_norm_codes"]
 
 _WHO = "layer_norm"
 _LONGEST = 8192  # channels of a row: what the registers of one program hold
+_MOST = 1 << 30  # rows: counted in 32 bits
 _CODE_LIMIT = 1 << 16  # as in fake_quantize
 
 
@@ -100,6 +101,8 @@ def _norm(
     _check.check_input(who, "x", x)
     if x.ndim < 2 or not 0 < x.shape[-1] <= _LONGEST:
         raise KernelError(f"{who}: x has shape {tuple(x.shape)}, expected [N, ..., C] with 1 <= C <= {_LONGEST}")
+    if x.numel() // x.shape[-1] > _MOST:
+        raise KernelError(f"{who}: x has {x.numel() // x.shape[-1]} rows, expected at most {_MOST}; split the batch")
     weight, bias = (t.unsqueeze(0) if isinstance(t, Tensor) and t.ndim == 1 else t for t in (weight, bias))
     check_groups(who, x, x.shape[-1], weight, bias, groups)
     if not 0 < eps < float("inf"):

@@ -21,7 +21,7 @@ from ttaq_kernels import _check
 from ttaq_kernels._grid import check_grid
 from ttaq_kernels._launch import tl, triton
 from ttaq_kernels._library import register_op
-from ttaq_kernels._math import round_half_even
+from ttaq_kernels._math import reciprocal, round_within, rounds_within
 from ttaq_kernels._matrix import Matrix, dense, tile
 from ttaq_kernels._philox import Drop, check_drop, kept
 from ttaq_kernels.errors import KernelError
@@ -43,7 +43,7 @@ def _kernel(
     BITS: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """dh, and this tile's share of the loss and of dscale; share = 1 / M"""
-    offs, mask, _ = tile(channels, rows, cols, col_blocks, CHANNEL, BLOCK_ROWS, BLOCK_COLS)
+    offs, mask, _, _ = tile(channels, rows, cols, col_blocks, CHANNEL, BLOCK_ROWS, BLOCK_COLS)
     before = tl.load(h_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         before += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -52,17 +52,16 @@ def _kernel(
     x_hat = a
     if scale_ptr is not None:
         scale = tl.load(scale_ptr)
-        zero_point = tl.load(zero_point_ptr).to(tl.float32)
-        low, high = qmin.to(tl.float32), qmax.to(tl.float32)
+        zero_point = tl.load(zero_point_ptr)
+        low, high = qmin - zero_point, qmax - zero_point
         quantized = a
         if BITS:
             # What passes as it is has the gradients of a zero: 1 to a, 0 to scale.
             keep = kept(seed_ptr, tl.program_id(0).to(tl.int64) * BLOCK_COLS, threshold, BITS, BLOCK_COLS)[None, :]
             quantized = tl.where(keep, a, 0.0)
-        v = quantized * tl.div_rn(1.0, scale)
-        u = round_half_even(v) + zero_point
-        inside = (u >= low) & (u <= high)
-        code = tl.minimum(tl.maximum(u, low), high) - zero_point
+        v = quantized * reciprocal(scale)
+        inside = rounds_within(v, low, high)
+        code = round_within(v, low, high)
         x_hat = code * scale
         if BITS:
             x_hat = tl.where(keep, x_hat, a)

@@ -27,9 +27,7 @@ def make(shape: tuple[int, ...] = SHAPE) -> dict[str, Tensor]:
     return {"h": steps * scale - residual, "target": target, "residual": residual, "scale": scale}
 
 
-def expected_loss(
-    given: dict[str, Tensor], zero_point: int, residual: bool, relu: bool, keep: float
-) -> Tensor:
+def expected_loss(given: dict[str, Tensor], zero_point: int, residual: bool, relu: bool, keep: float) -> Tensor:
     """The loss with the straight-through quantizer, in float64 for autograd."""
     h, target, scale = given["h"], given["target"], given["scale"]
     a = h + given["residual"] if residual else h
@@ -59,9 +57,7 @@ def test_worked_by_hand(op_device: torch.device) -> None:
 @pytest.mark.parametrize("keep", [1.0, 0.5, 0.3])
 @pytest.mark.parametrize(("residual", "relu"), [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_value_and_gradients(
-    layout: str, residual: bool, relu: bool, keep: float, op_device: torch.device
-) -> None:
+def test_value_and_gradients(layout: str, residual: bool, relu: bool, keep: float, op_device: torch.device) -> None:
     given = {name: LAYOUTS[layout](t) if t.ndim == 4 else t for name, t in make().items()}
     if not residual:
         given["h"] = given["h"] + given["residual"]
