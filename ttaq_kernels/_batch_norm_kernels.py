@@ -133,8 +133,13 @@ def _tile_of_output(
     if residual_ptr is not None:
         offs = offsets(image, offs_c, offs_s, strides[1])
         y += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    y = _activated(y, ACT, scale_ptr is not None)
     inv, zero_point, low, high = grid
+    if ACT == "relu6" and scale_ptr is not None and OUTPUT != "packed":
+        # Rounding keeps the order: the code of 6 is a bound like the largest code. Packed, registers are dearer.
+        y = _activated(y, "relu", True)
+        high = integer_within(6.0 * inv, low, high)
+    else:
+        y = _activated(y, ACT, scale_ptr is not None)
     if OUTPUT != "values":
         y = integer_within(y * inv, low, high) + zero_point
     elif scale_ptr is not None:

@@ -16,6 +16,7 @@ __all__ = ["group_count", "launch_backward", "launch_forward"]
 _WHO = "layer_norm"
 _TILE = 2048  # elements of one program where rows are short
 _WARP_TILE = 1024  # elements of each warp of the forward
+_FEWEST = 4  # channels that a row of the forward counts as: each has a quotient and a root in registers
 _REDUCING_PROGRAMS = 512  # the same for all GPUs, since the split decides the rounding
 
 
@@ -172,7 +173,8 @@ def _forward_blocks(channels: int) -> dict[str, int]:
     """A warp for each 1024 channels; where three quarters of a power of two hold them, the last quarter stays away."""
     width = next_power_of_2(channels)
     parts = 3 if 4 * channels <= 3 * width else 1
-    blocks = {"BLOCK_R": max(1, _WARP_TILE // width), "BLOCK_C": width if parts == 1 else width // 4}
+    rows = max(1, _WARP_TILE // max(_FEWEST, width))
+    blocks = {"BLOCK_R": rows, "BLOCK_C": width if parts == 1 else width // 4}
     return {"PARTS": parts, **blocks, "num_warps": max(1, width // _WARP_TILE)}
 
 
