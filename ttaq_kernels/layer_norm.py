@@ -144,7 +144,8 @@ def layer_norm(
         y = v, or fake_quantize(v) in the same pass
 
     Args:
-        x: float32, bfloat16 or float16, [N, ..., C] with C <= 8192. A row of NaN or infinities gives NaN.
+        x: float32, bfloat16 or float16, [N, ..., C] with C <= 8192 and at most 2^30 rows. A row of NaN or infinities
+            gives NaN.
         weight, bias: float32 [C], or [G, C] for G groups of samples; None for 1 and 0.
         eps: added to the variance, > 0.
         groups: int32 [N], the group of each sample, 0 <= g < G (not checked: that would wait for the device). None for
