@@ -16,7 +16,7 @@ What is clipped is computed again from x: the codes do not tell (a value that ro
 
 from ttaq_kernels._channels import offsets, tile, tile_of_images
 from ttaq_kernels._launch import tl, triton
-from ttaq_kernels._math import integer_within, round_within, rounds_within
+from ttaq_kernels._math import integer_within, reciprocal, round_within, rounds_within
 from ttaq_kernels.moments import merged
 
 # Device functions stay without types: Triton has none.
@@ -64,12 +64,12 @@ def _activated(z, ACT: tl.constexpr, GRID: tl.constexpr):
 
 @triton.jit
 def _grid(scale_ptr, inverse_ptr, zero_point_ptr, qmin, qmax):
-    """inv, zero_point and in fp32 the smallest and largest code minus it; 0 without a grid"""
-    inv, zero_point, low, high = 0.0, 0, 0.0, 0.0
+    """inv, zero_point and the smallest and largest code minus it; 0 without a grid"""
+    inv, zero_point, low, high = 0.0, 0, 0, 0
     if scale_ptr is not None:
-        inv = tl.div_rn(1.0, tl.load(scale_ptr)) if inverse_ptr is None else tl.load(inverse_ptr)
+        inv = reciprocal(tl.load(scale_ptr)) if inverse_ptr is None else tl.load(inverse_ptr)
         zero_point = tl.load(zero_point_ptr)
-        low, high = (qmin - zero_point).to(tl.float32), (qmax - zero_point).to(tl.float32)
+        low, high = qmin - zero_point, qmax - zero_point
     return inv, zero_point, low, high
 
 
@@ -117,7 +117,7 @@ def statistics_kernel(
     tl.store(statistics_ptr + 3 * channels + offs_c, share, mask=mask_c)
     tl.store(statistics_ptr + 4 * channels + offs_c, var, mask=mask_c)
     if scale_ptr is not None:
-        tl.store(inverse_ptr, tl.div_rn(1.0, tl.load(scale_ptr)), mask=tl.program_id(0) == 0)
+        tl.store(inverse_ptr, reciprocal(tl.load(scale_ptr)), mask=tl.program_id(0) == 0)
 
 
 @triton.jit
@@ -133,8 +133,13 @@ def _tile_of_output(
     if residual_ptr is not None:
         offs = offsets(image, offs_c, offs_s, strides[1])
         y += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    y = _activated(y, ACT, scale_ptr is not None)
     inv, zero_point, low, high = grid
+    if ACT == "relu6" and scale_ptr is not None and OUTPUT != "packed":
+        # Rounding keeps the order: the code of 6 is a bound like the largest code. Packed, registers are dearer.
+        y = _activated(y, "relu", True)
+        high = integer_within(6.0 * inv, low, high)
+    else:
+        y = _activated(y, ACT, scale_ptr is not None)
     if OUTPUT != "values":
         y = integer_within(y * inv, low, high) + zero_point
     elif scale_ptr is not None:

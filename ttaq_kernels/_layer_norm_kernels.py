@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ttaq_kernels._groups import group_of, samples_per_group, sum_groups
 from ttaq_kernels._launch import ceil_div, launch, next_power_of_2, tl, triton
-from ttaq_kernels._math import integer_within, round_within, rounds_within
+from ttaq_kernels._math import integer_within, reciprocal, round_within, rounds_within
 from ttaq_kernels.reference.norm_act_quant import gradient_carrier, stored_shift
 
 # Device functions stay without types: Triton has none.
@@ -16,6 +16,7 @@ __all__ = ["group_count", "launch_backward", "launch_forward"]
 _WHO = "layer_norm"
 _TILE = 2048  # elements of one program where rows are short
 _WARP_TILE = 1024  # elements of each warp of the forward
+_FEWEST = 4  # channels that a row of the forward counts as: each has a quotient and a root in registers
 _REDUCING_PROGRAMS = 512  # the same for all GPUs, since the split decides the rounding
 
 
@@ -29,44 +30,63 @@ def _forward_kernel(
     zero_point_ptr,
     y_ptr,
     statistics_ptr,
-    sizes,
+    rows,
+    group_rows,
     grid,
     eps,
+    CHANNELS: tl.constexpr,
+    GROUPED: tl.constexpr,
     CODES: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """y = ((x - mean) rstd) weight + bias, on the grid or as codes; statistics[:, row] = mean, rstd"""
-    # Triton makes a constant of a 1, which has no methods: hence tl.cast.
-    rows, channels, positions, per_group = sizes[0], sizes[1], sizes[2], sizes[3]
-    offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    offs_c = tl.arange(0, BLOCK_C)[None, :]
-    mask_r, mask_c = offs_r < rows, offs_c < channels
-    offs, mask = offs_r * channels + offs_c, mask_r & mask_c
-    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.div_rn(tl.sum(x, axis=1), tl.cast(channels, tl.float32))[:, None]
-    d = tl.where(mask_c, x - mean, 0.0)
-    var = tl.div_rn(tl.sum(d * d, axis=1), tl.cast(channels, tl.float32))[:, None]
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
-    tl.store(statistics_ptr + offs_r, mean, mask=mask_r)
-    tl.store(statistics_ptr + rows + offs_r, rstd, mask=mask_r)
-    y = d * rstd
-    if weight_ptr is not None or bias_ptr is not None:
-        row = group_of(groups_ptr, offs_r // positions, per_group, mask_r) * channels
-        if weight_ptr is not None:
-            y *= tl.load(weight_ptr + row + offs_c, mask=mask, other=0.0)
-        if bias_ptr is not None:
-            y += tl.load(bias_ptr + row + offs_c, mask=mask, other=0.0)
+    """y = ((x - mean) rstd) weight + bias, on the grid or as codes; statistics[:, row] = mean, rstd
+
+    A row is PARTS times BLOCK_C channels. Without `groups_ptr` every `group_rows` rows are a group, with it a sample.
+    """
+    # Beyond the last row comes the last again, whose results are stored twice: so only columns need a mask.
+    row = tl.minimum(tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), rows - 1)[:, None]
+    first = row.to(tl.int64) * CHANNELS
+    columns = tl.arange(0, BLOCK_C)[None, :]
+    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    xs = ()
+    for part in tl.static_range(PARTS):
+        offs_c = part * BLOCK_C + columns
+        x = tl.load(x_ptr + first + offs_c, mask=offs_c < CHANNELS, other=0.0).to(tl.float32)
+        total += x
+        xs += (x,)  # type: ignore[assignment]
+    mean = tl.sum(total, axis=1)[:, None] * (1.0 / CHANNELS)
+    squares = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for part in tl.static_range(PARTS):
+        d = tl.where(part * BLOCK_C + columns < CHANNELS, xs[part] - mean, 0.0)
+        squares += d * d
+    var = tl.sum(squares, axis=1)[:, None] * (1.0 / CHANNELS)
+    rstd = reciprocal(tl.sqrt_rn(var + eps))
+    tl.store(statistics_ptr + row, mean)
+    tl.store(statistics_ptr + rows + row, rstd)
+    parameters = 0
+    if GROUPED:
+        group = row // group_rows
+        if groups_ptr is not None:
+            group = tl.load(groups_ptr + group)
+        parameters = group.to(tl.int64) * CHANNELS
     if scale_ptr is not None:
-        scale = tl.load(scale_ptr)
-        zero_point = tl.load(zero_point_ptr)
-        low, high = (grid[0] - zero_point).to(tl.float32), (grid[1] - zero_point).to(tl.float32)
-        v = y * tl.div_rn(1.0, scale)
+        scale, zero_point = tl.load(scale_ptr), tl.load(zero_point_ptr)
+        inv, low, high = reciprocal(scale), grid[0] - zero_point, grid[1] - zero_point
+    for part in tl.static_range(PARTS):
+        offs_c = part * BLOCK_C + columns
+        mask = offs_c < CHANNELS
+        y = (xs[part] - mean) * rstd
+        if weight_ptr is not None:
+            y *= tl.load(weight_ptr + parameters + offs_c, mask=mask, other=0.0)
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + parameters + offs_c, mask=mask, other=0.0)
         if CODES:
-            y = (integer_within(v, low, high) + (zero_point - grid[2])).to(tl.int8)
-        else:
-            y = round_within(v, low, high) * scale
-    tl.store(y_ptr + offs, y, mask=mask)
+            y = (integer_within(y * inv, low, high) + (zero_point - grid[2])).to(tl.int8)
+        elif scale_ptr is not None:
+            y = round_within(y * inv, low, high) * scale
+        tl.store(y_ptr + first + offs_c, y, mask=mask)
 
 
 @triton.jit
@@ -102,6 +122,7 @@ def _backward_kernel(
         weight = tl.load(weight_ptr + row + offs_c, mask=mask_c, other=0.0)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + row + offs_c, mask=mask_c, other=0.0)
+    share = tl.div_rn(1.0, tl.cast(channels, tl.float32))
     dot = tl.zeros((1, BLOCK_C), tl.float32)
     total = tl.zeros((1, BLOCK_C), tl.float32)
     for start in range(first, last, BLOCK_R):
@@ -117,15 +138,15 @@ def _backward_kernel(
         if scale_ptr is not None:
             y = normalised * weight + bias
             zero_point = tl.load(zero_point_ptr)
-            low, high = (grid[0] - zero_point).to(tl.float32), (grid[1] - zero_point).to(tl.float32)
-            grad = tl.where(rounds_within(y * tl.div_rn(1.0, tl.load(scale_ptr)), low, high), grad, 0.0)
+            low, high = grid[0] - zero_point, grid[1] - zero_point
+            grad = tl.where(rounds_within(y * reciprocal(tl.load(scale_ptr)), low, high), grad, 0.0)
         along = grad * normalised
         dot += tl.sum(along, axis=0)[None, :]
         total += tl.sum(grad, axis=0)[None, :]
         if dx_ptr is not None:
             weighted = grad * weight
-            mean_h = tl.div_rn(tl.sum(weighted, axis=1), tl.cast(channels, tl.float32))[:, None]
-            mean_hn = tl.div_rn(tl.sum(weighted * normalised, axis=1), tl.cast(channels, tl.float32))[:, None]
+            mean_h = tl.sum(weighted, axis=1)[:, None] * share
+            mean_hn = tl.sum(weighted * normalised, axis=1)[:, None] * share
             tl.store(dx_ptr + offs, ((weighted - mean_h) - normalised * mean_hn) * rstd, mask=mask)
     if parts_ptr is not None:
         out_ptr = parts_ptr + program * channels + offs_c
@@ -149,9 +170,12 @@ def _blocks(channels: int) -> dict[str, int]:
 
 
 def _forward_blocks(channels: int) -> dict[str, int]:
-    """A warp for each 1024 channels: the quotients and the root of a row are taken by each of its threads."""
-    block_c = next_power_of_2(channels)
-    return {"BLOCK_R": max(1, _WARP_TILE // block_c), "BLOCK_C": block_c, "num_warps": max(1, block_c // _WARP_TILE)}
+    """A warp for each 1024 channels; where three quarters of a power of two hold them, the last quarter stays away."""
+    width = next_power_of_2(channels)
+    parts = 3 if 4 * channels <= 3 * width else 1
+    rows = max(1, _WARP_TILE // max(_FEWEST, width))
+    blocks = {"BLOCK_R": rows, "BLOCK_C": width if parts == 1 else width // 4}
+    return {"PARTS": parts, **blocks, "num_warps": max(1, width // _WARP_TILE)}
 
 
 def group_count(*parameters: Tensor | None) -> int:
@@ -176,12 +200,14 @@ def launch_forward(
     y = torch.empty_like(x, dtype=torch.int8 if codes else out_dtype)
     x = x.contiguous()
     out = y if y.is_contiguous() else torch.empty_like(x, dtype=y.dtype)
-    sizes = _sizes(x, group_count(weight, bias))
-    statistics = x.new_empty(2, sizes[0], dtype=torch.float32)
+    count = group_count(weight, bias)
+    rows, channels, positions, per_group = _sizes(x, count)
+    statistics = x.new_empty(2, rows, dtype=torch.float32)
     vectors = (None if t is None else t.contiguous() for t in (weight, bias, groups))
-    blocks = _forward_blocks(sizes[1])
-    arguments = (x, *vectors, scale, zero_point, out, statistics, sizes, (qmin, qmax, stored_shift(qmax)), eps)
-    launch(_WHO, _forward_kernel, ceil_div(sizes[0], blocks["BLOCK_R"]), *arguments, CODES=codes, **blocks)
+    group_rows = positions * (1 if groups is not None else per_group)
+    arguments = (x, *vectors, scale, zero_point, out, statistics, rows, group_rows, (qmin, qmax, stored_shift(qmax)))
+    options = {"CHANNELS": channels, "GROUPED": count > 1, "CODES": codes, **_forward_blocks(channels)}
+    launch(_WHO, _forward_kernel, ceil_div(rows, options["BLOCK_R"]), *arguments, eps, **options)
     return statistics, y if out is y else y.copy_(out), gradient_carrier(x) if codes else x.new_empty(0)
 
 

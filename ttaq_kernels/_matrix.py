@@ -23,26 +23,29 @@ _SMALLEST = 128  # elements of a program where there is one channel: the counter
 def tile(
     channels, rows, cols, col_blocks, CHANNEL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
 ):  # fmt: skip
-    """Offsets and mask of this program's tile of a [rows, cols] matrix, and the channel of each row or column."""
+    """Offsets and mask of this program's tile of a [rows, cols] matrix; each row's or column's channel, which exist."""
     program = tl.program_id(0)
     first_row = (program // col_blocks).to(tl.int64) * BLOCK_ROWS
     row = tl.arange(0, BLOCK_ROWS)[:, None]
     offs_row = first_row + row
     offs_col = (program % col_blocks).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
-    mask = (offs_row < rows) & (offs_col < cols)
+    mask_row, mask_col = offs_row < rows, offs_col < cols
+    mask = mask_row & mask_col
     offs = offs_row * cols + offs_col
     if CHANNEL == "tensor":
         # There is one row: leaving it out keeps the offsets aligned, whatever the number of columns.
         offs = program.to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
         mask = offs < cols
         channel = row
+        exists = row < 1
     elif CHANNEL == "row":
-        channel = tl.minimum(offs_row, rows - 1)
+        channel, exists = offs_row, mask_row
     elif CHANNEL == "plane":
         channel = ((first_row % channels).to(tl.int32) + row) % channels
+        exists = mask_row
     else:
-        channel = tl.minimum(offs_col, cols - 1)
-    return offs, mask, channel
+        channel, exists = offs_col, mask_col
+    return offs, mask, channel, exists
 
 
 class Matrix(NamedTuple):

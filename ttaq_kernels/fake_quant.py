@@ -27,7 +27,7 @@ from ttaq_kernels._config import tuned
 from ttaq_kernels._grid import check_grid
 from ttaq_kernels._launch import tl, triton
 from ttaq_kernels._library import register_op
-from ttaq_kernels._math import round_half_even, round_within
+from ttaq_kernels._math import reciprocal, round_within, rounds_within
 from ttaq_kernels._matrix import ELEMENTWISE, Matrix, dense, tile
 from ttaq_kernels._philox import Drop, check_drop, kept
 from ttaq_kernels.errors import KernelError
@@ -48,12 +48,12 @@ def _forward_kernel(
     CHANNEL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """out = (clamp(rint(x * inv) + zero_point, qmin, qmax) - zero_point) * scale, or x where that is not kept"""
-    offs, mask, channel = tile(channels, rows, cols, col_blocks, CHANNEL, BLOCK_ROWS, BLOCK_COLS)
-    scale = tl.load(scale_ptr + channel)
-    zero_point = tl.load(zero_point_ptr + channel)
-    low, high = (qmin - zero_point).to(tl.float32), (qmax - zero_point).to(tl.float32)
+    offs, mask, channel, exists = tile(channels, rows, cols, col_blocks, CHANNEL, BLOCK_ROWS, BLOCK_COLS)
+    scale = tl.load(scale_ptr + channel, mask=exists, other=1.0)
+    zero_point = tl.load(zero_point_ptr + channel, mask=exists, other=0)
+    low, high = qmin - zero_point, qmax - zero_point
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    out = round_within(x * tl.div_rn(1.0, scale), low, high) * scale
+    out = round_within(x * reciprocal(scale), low, high) * scale
     if BITS:
         keep = kept(seed_ptr, tl.program_id(0).to(tl.int64) * BLOCK_COLS, threshold, BITS, BLOCK_COLS)
         out = tl.where(keep[None, :], out, x)
@@ -67,23 +67,21 @@ def _backward_kernel(
     CHANNEL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BITS: tl.constexpr, LSQ: tl.constexpr,
 ):  # fmt: skip
     """dx = where(inside, grad, 0); with LSQ also this tile's sum per channel of grad * d x_hat / d scale."""
-    offs, mask, channel = tile(channels, rows, cols, col_blocks, CHANNEL, BLOCK_ROWS, BLOCK_COLS)
-    scale = tl.load(scale_ptr + channel)
-    zero_point = tl.load(zero_point_ptr + channel).to(tl.float32)
-    low, high = qmin.to(tl.float32), qmax.to(tl.float32)
+    offs, mask, channel, exists = tile(channels, rows, cols, col_blocks, CHANNEL, BLOCK_ROWS, BLOCK_COLS)
+    scale = tl.load(scale_ptr + channel, mask=exists, other=1.0)
+    zero_point = tl.load(zero_point_ptr + channel, mask=exists, other=0)
+    low, high = qmin - zero_point, qmax - zero_point
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if BITS:
         # What has passed as it is has the gradients of a zero: 1 to x, 0 to scale.
         keep = kept(seed_ptr, tl.program_id(0).to(tl.int64) * BLOCK_COLS, threshold, BITS, BLOCK_COLS)
         x = tl.where(keep[None, :], x, 0.0)
-    v = x * tl.div_rn(1.0, scale)
-    u = round_half_even(v) + zero_point
-    inside = (u >= low) & (u <= high)
+    v = x * reciprocal(scale)
+    inside = rounds_within(v, low, high)
     tl.store(dx_ptr + offs, tl.where(inside, grad, 0.0), mask=mask)
     if LSQ:
-        q = tl.minimum(tl.maximum(u, low), high)
-        slope = grad * ((q - zero_point) - tl.where(inside, v, 0.0))
+        slope = grad * (round_within(v, low, high) - tl.where(inside, v, 0.0))
         row_block = (tl.program_id(0) // col_blocks).to(tl.int64)
         col_block = tl.program_id(0) % col_blocks
         if CHANNEL == "col":

@@ -31,6 +31,7 @@ __all__ = ["layer_norm", "layer_norm_codes"]
 
 _WHO = "layer_norm"
 _LONGEST = 8192  # channels of a row: what the registers of one program hold
+_MOST = 1 << 30  # rows: counted in 32 bits
 _CODE_LIMIT = 1 << 16  # as in fake_quantize
 
 
@@ -100,6 +101,8 @@ def _norm(
     _check.check_input(who, "x", x)
     if x.ndim < 2 or not 0 < x.shape[-1] <= _LONGEST:
         raise KernelError(f"{who}: x has shape {tuple(x.shape)}, expected [N, ..., C] with 1 <= C <= {_LONGEST}")
+    if x.numel() // x.shape[-1] > _MOST:
+        raise KernelError(f"{who}: x has {x.numel() // x.shape[-1]} rows, expected at most {_MOST}; split the batch")
     weight, bias = (t.unsqueeze(0) if isinstance(t, Tensor) and t.ndim == 1 else t for t in (weight, bias))
     check_groups(who, x, x.shape[-1], weight, bias, groups)
     if not 0 < eps < float("inf"):
@@ -141,7 +144,8 @@ def layer_norm(
         y = v, or fake_quantize(v) in the same pass
 
     Args:
-        x: float32, bfloat16 or float16, [N, ..., C] with C <= 8192. A row of NaN or infinities gives NaN.
+        x: float32, bfloat16 or float16, [N, ..., C] with C <= 8192 and at most 2^30 rows. A row of NaN or infinities
+            gives NaN.
         weight, bias: float32 [C], or [G, C] for G groups of samples; None for 1 and 0.
         eps: added to the variance, > 0.
         groups: int32 [N], the group of each sample, 0 <= g < G (not checked: that would wait for the device). None for

@@ -2,9 +2,9 @@
 
     a     = relu(h + residual)                          either part as asked for
     x_hat = fake_quantize(a), with QDrop                see `fake_quantize`
-    loss  = sum |x_hat - target|^p / M                  M = N * positions: a mean over them of a sum over channels
+    loss  = sum (x_hat - target)^2 / M                  M = N * positions: a mean over them of a sum over channels
 
-    dh     = where(h + residual > 0, d x_hat / da  p |x_hat - target|^(p-1) sign(x_hat - target) / M, 0)
+    dh     = where(h + residual > 0, d x_hat / da  2 (x_hat - target) / M, 0)
     dscale = the sum of d x_hat / dscale times the same
 
 The output of the unit is never written. Bytes per element of a 2-byte tensor: 6 (h, target, dh) and 2 for a residual;
@@ -21,12 +21,11 @@ from ttaq_kernels import _check
 from ttaq_kernels._grid import check_grid
 from ttaq_kernels._launch import tl, triton
 from ttaq_kernels._library import register_op
-from ttaq_kernels._math import round_half_even
+from ttaq_kernels._math import reciprocal, round_within, rounds_within
 from ttaq_kernels._matrix import Matrix, dense, tile
 from ttaq_kernels._philox import Drop, check_drop, kept
 from ttaq_kernels.errors import KernelError
 from ttaq_kernels.reference import reconstruction as reference
-from ttaq_kernels.soft_round import power
 
 # Device functions stay without types: Triton has none.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -39,12 +38,12 @@ _WHO = "reconstruction_loss"
 @triton.jit
 def _kernel(
     h_ptr, target_ptr, residual_ptr, scale_ptr, zero_point_ptr, seed_ptr, dh_ptr, partial_ptr,
-    channels, rows, cols, col_blocks, qmin, qmax, threshold, share, p,
+    channels, rows, cols, col_blocks, qmin, qmax, threshold, share,
     CHANNEL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
-    BITS: tl.constexpr, RELU: tl.constexpr, SQUARE: tl.constexpr,
+    BITS: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """dh, and this tile's share of the loss and of dscale; share = 1 / M"""
-    offs, mask, _ = tile(channels, rows, cols, col_blocks, CHANNEL, BLOCK_ROWS, BLOCK_COLS)
+    offs, mask, _, _ = tile(channels, rows, cols, col_blocks, CHANNEL, BLOCK_ROWS, BLOCK_COLS)
     before = tl.load(h_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         before += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -53,30 +52,23 @@ def _kernel(
     x_hat = a
     if scale_ptr is not None:
         scale = tl.load(scale_ptr)
-        zero_point = tl.load(zero_point_ptr).to(tl.float32)
-        low, high = qmin.to(tl.float32), qmax.to(tl.float32)
+        zero_point = tl.load(zero_point_ptr)
+        low, high = qmin - zero_point, qmax - zero_point
         quantized = a
         if BITS:
             # What passes as it is has the gradients of a zero: 1 to a, 0 to scale.
             keep = kept(seed_ptr, tl.program_id(0).to(tl.int64) * BLOCK_COLS, threshold, BITS, BLOCK_COLS)[None, :]
             quantized = tl.where(keep, a, 0.0)
-        v = quantized * tl.div_rn(1.0, scale)
-        u = round_half_even(v) + zero_point
-        inside = (u >= low) & (u <= high)
-        code = tl.minimum(tl.maximum(u, low), high) - zero_point
+        v = quantized * reciprocal(scale)
+        inside = rounds_within(v, low, high)
+        code = round_within(v, low, high)
         x_hat = code * scale
         if BITS:
             x_hat = tl.where(keep, x_hat, a)
     e = x_hat - tl.load(target_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    if SQUARE:
-        value = e * e
-        g = (2.0 * e) * share
-    else:
-        value = power(tl.abs(e), p)
-        g = power(tl.abs(e), p - 1.0) * p
-        g = tl.where(e < 0.0, -g, g) * share
+    g = (2.0 * e) * share
     program = tl.program_id(0).to(tl.int64)
-    tl.store(partial_ptr + program, tl.sum(tl.where(mask, value, 0.0)) * share)
+    tl.store(partial_ptr + program, tl.sum(tl.where(mask, e * e, 0.0)) * share)
     if scale_ptr is not None:
         slope = (code - tl.where(inside, v, 0.0)) * g
         tl.store(partial_ptr + col_blocks + program, tl.sum(tl.where(mask, slope, 0.0)))
@@ -100,7 +92,6 @@ def _launch(
     qmin: int,
     qmax: int,
     relu: bool,
-    p: float,
     keep_quantized: float,
     seed: Tensor | None,
     out_dtype: torch.dtype | None = None,
@@ -118,8 +109,7 @@ def _launch(
         dense(h, dh), dense(target, dh), None if residual is None else dense(residual, dh),
         scale, zero_point, seed, dh, partial,
     )  # fmt: skip
-    options = {"BITS": drop.bits, "RELU": relu, "SQUARE": p == 2}
-    matrix.launch(_WHO, _kernel, tensors, qmin, qmax, drop.threshold, share, p, **options)
+    matrix.launch(_WHO, _kernel, tensors, qmin, qmax, drop.threshold, share, BITS=drop.bits, RELU=relu)
     return partial[0].sum(), dh, partial[1].sum().reshape(shape)
 
 
@@ -140,12 +130,12 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None,
     needs = ctx.needs_input_grad
     of_h = dx.to(ctx.dtypes[0]) if needs[0] else None
     of_residual = dx.to(ctx.dtypes[1]) if needs[2] else None
-    return of_h, None, of_residual, grad * dscale if needs[3] else None, *(None,) * 7
+    return of_h, None, of_residual, grad * dscale if needs[3] else None, *(None,) * 6
 
 
 _reconstruction_loss = register_op(
     f"{_WHO}(Tensor h, Tensor target, Tensor? residual, Tensor? scale, Tensor? zero_point, int qmin, int qmax, "
-    "bool relu, float p, float keep_quantized, Tensor? seed) -> (Tensor, Tensor, Tensor)",
+    "bool relu, float keep_quantized, Tensor? seed) -> (Tensor, Tensor, Tensor)",
     cpu=reference.loss_and_gradients,
     cuda=_launch,
     fake=_fake,
@@ -164,12 +154,11 @@ def reconstruction_loss(
     *,
     residual: Tensor | None = None,
     relu: bool = False,
-    p: float = 2.0,
     keep_quantized: float = 1.0,
     seed: Tensor | None = None,
 ) -> Tensor:
     """How far the quantized output of a unit is from its target: the mean over images and positions of
-    sum_c |x_hat - target|^p, with the channels in dimension 1.
+    sum_c (x_hat - target)^2, with the channels in dimension 1.
 
     Args:
         h: float32, bfloat16 or float16, [N, C, ...], any layout: the output before `residual`, ReLU and quantizer.
@@ -177,7 +166,7 @@ def reconstruction_loss(
         scale, zero_point, qmin, qmax: the grid of `fake_quantize`, one for the tensor. Without `scale` the output is
             not quantized.
         residual: the shape of `h`, any of these types; added to `h` in float32.
-        relu: clamp the sum to >= 0. p: exponent > 1.
+        relu: clamp the sum to >= 0.
         keep_quantized, seed: QDrop, as in `fake_quantize`: the same elements are drawn as there.
 
     Returns:
@@ -185,12 +174,12 @@ def reconstruction_loss(
 
     Gradients: of `h`, `residual` and `scale`, computed along with the loss; repeatable bit for bit. None of `target`.
 
-    Exactness: of p = 2 the gradient of `h` in float32 is exact, operation by operation.
+    Exactness: the gradient of `h` in float32 is exact, operation by operation.
 
     Raises:
-        KernelError: a type, shape, device, grid, exponent or probability that does not fit.
+        KernelError: a type, shape, device, grid or probability that does not fit.
 
-    Source: QDrop (arXiv 2203.05740); p = 2.4 is what BRECQ (arXiv 2102.05426) uses for activation scales.
+    Source: QDrop (arXiv 2203.05740).
     """
     _check.check_input(_WHO, "h", h)
     if h.ndim < 2:
@@ -203,8 +192,6 @@ def reconstruction_loss(
                     f"{_WHO}: {name} is {tuple(tensor.shape)} on {tensor.device}, "
                     f"expected {tuple(h.shape)} on {h.device} like h"
                 )
-    if not p > 1:
-        raise KernelError(f"{_WHO}: p is {p}, expected more than 1")
     if (scale is None) != (zero_point is None):
         raise KernelError(f"{_WHO}: got one of scale and zero_point, expected both or neither")
     check_drop(_WHO, keep_quantized, seed, h)
@@ -216,5 +203,5 @@ def reconstruction_loss(
         )
     used = seed if keep_quantized < 1 else None
     loss: Tensor
-    loss, _, _ = _reconstruction_loss(h, target, residual, scale, zero_point, qmin, qmax, relu, p, keep_quantized, used)
+    loss, _, _ = _reconstruction_loss(h, target, residual, scale, zero_point, qmin, qmax, relu, keep_quantized, used)
     return loss

@@ -22,6 +22,7 @@ from torch import Tensor
 from ttaq_kernels import _check
 from ttaq_kernels._launch import tl, triton
 from ttaq_kernels._library import register_op
+from ttaq_kernels._math import log2_of_hardware, reciprocal
 from ttaq_kernels._matrix import Matrix, dense, tile
 from ttaq_kernels.errors import KernelError
 from ttaq_kernels.reference import soft_round as reference
@@ -31,13 +32,16 @@ from ttaq_kernels.reference import soft_round as reference
 
 __all__ = ["check_codes", "pull", "rounding", "rounding_penalty", "soft_round"]
 
+_MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
+
 
 @triton.jit
 def rounding(v):
     """h(v) and dh / dv"""
-    s = tl.div_rn(1.0, 1.0 + tl.exp(-v))
+    s = reciprocal(1.0 + tl.exp2(v * _MINUS_LOG2_E))
     stretched = s * 1.2 - 0.1
-    h = tl.where(stretched < 0.0, 0.0, tl.where(stretched > 1.0, 1.0, stretched))
+    h = tl.maximum(stretched, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    h = tl.minimum(h, 1.0, propagate_nan=tl.PropagateNan.ALL)
     return h, tl.where(h == stretched, 1.2 * (s * (1.0 - s)), 0.0)
 
 
@@ -51,7 +55,7 @@ def power(base, exponent):
 def pull(h, beta):
     """d (1 - |2h - 1|^beta) / dh"""
     d = 2.0 * h - 1.0
-    magnitude = 2.0 * beta * power(tl.abs(d), beta - 1.0)
+    magnitude = 2.0 * beta * tl.exp2((beta - 1.0) * log2_of_hardware(tl.abs(d)))
     return tl.where(d > 0.0, -magnitude, magnitude)
 
 
@@ -61,14 +65,16 @@ def _forward_kernel(
     CHANNEL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
     """out = (codes + bottom + h(v)) * scale"""
-    offs, mask, channel = tile(channels, rows, cols, col_blocks, CHANNEL, BLOCK_ROWS, BLOCK_COLS)
+    offs, mask, channel, exists = tile(channels, rows, cols, col_blocks, CHANNEL, BLOCK_ROWS, BLOCK_COLS)
     v = tl.load(v_ptr + offs, mask=mask, other=0.0)
     code = tl.load(codes_ptr + offs, mask=mask, other=0).to(tl.float32)
     if HARD:
         h = tl.where(v >= 0.0, 1.0, 0.0)
     else:
         h, _ = rounding(v)
-    out = ((code + tl.load(bottom_ptr + channel)) + h) * tl.load(scale_ptr + channel)
+    bottom = tl.load(bottom_ptr + channel, mask=exists, other=0.0)
+    scale = tl.load(scale_ptr + channel, mask=exists, other=0.0)
+    out = ((code + bottom) + h) * scale
     tl.store(out_ptr + offs, out, mask=mask)
 
 
@@ -78,10 +84,11 @@ def _backward_kernel(
     CHANNEL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """dv = grad * scale * dh / dv"""
-    offs, mask, channel = tile(channels, rows, cols, col_blocks, CHANNEL, BLOCK_ROWS, BLOCK_COLS)
+    offs, mask, channel, exists = tile(channels, rows, cols, col_blocks, CHANNEL, BLOCK_ROWS, BLOCK_COLS)
     _, slope = rounding(tl.load(v_ptr + offs, mask=mask, other=0.0))
     grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(dv_ptr + offs, slope * grad * tl.load(scale_ptr + channel), mask=mask)
+    scale = tl.load(scale_ptr + channel, mask=exists, other=0.0)
+    tl.store(dv_ptr + offs, slope * grad * scale, mask=mask)
 
 
 @triton.jit
@@ -90,7 +97,7 @@ def _penalty_kernel(
     CHANNEL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """partial = this tile's sum of 1 - |2h - 1|^beta"""
-    offs, mask, _ = tile(channels, rows, cols, col_blocks, CHANNEL, BLOCK_ROWS, BLOCK_COLS)
+    offs, mask, _, _ = tile(channels, rows, cols, col_blocks, CHANNEL, BLOCK_ROWS, BLOCK_COLS)
     h, _ = rounding(tl.load(v_ptr + offs, mask=mask, other=0.0))
     terms = 1.0 - power(tl.abs(2.0 * h - 1.0), tl.load(beta_ptr))
     tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.where(mask, terms, 0.0)))
@@ -102,7 +109,7 @@ def _penalty_backward_kernel(
     CHANNEL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """dv = grad * d (1 - |2h - 1|^beta) / dv"""
-    offs, mask, _ = tile(channels, rows, cols, col_blocks, CHANNEL, BLOCK_ROWS, BLOCK_COLS)
+    offs, mask, _, _ = tile(channels, rows, cols, col_blocks, CHANNEL, BLOCK_ROWS, BLOCK_COLS)
     h, slope = rounding(tl.load(v_ptr + offs, mask=mask, other=0.0))
     tl.store(dv_ptr + offs, pull(h, tl.load(beta_ptr)) * slope * tl.load(grad_ptr), mask=mask)
 

@@ -24,7 +24,7 @@ SOFT_ROUND_PENALTY = 1e-5  # relative: 1 - |2h - 1|^beta loses digits where h is
 SOFT_ROUND_STEP = 2e-5  # relative to the learning rate, for each step since the start
 
 RECONSTRUCTION = 1e-6  # relative, of a sum of positive terms
-RECONSTRUCTION_GRADIENT = 1e-5  # relative: |e|^(p-1) takes a logarithm and an exponential
+RECONSTRUCTION_GRADIENT = 1e-5  # relative, against float64
 
 GROUP_AFFINE_SUMS = 1e-6  # dweight and dbias
 

@@ -10,13 +10,13 @@ reconstruction = importlib.import_module("ttaq_kernels.reconstruction")
 gather_mix = importlib.import_module("ttaq_kernels.gather_mix")
 
 
-def _loss(dtype: torch.dtype, p: float, keep_quantized: float, plain: bool) -> object:
+def _loss(dtype: torch.dtype, keep_quantized: float, plain: bool) -> object:
     h = torch.zeros(4, 64, 16, 16, dtype=dtype).to(memory_format=torch.channels_last)
     if plain:
-        return reconstruction._launch(h, h, None, None, None, 0, 0, False, p, 1.0, None)
+        return reconstruction._launch(h, h, None, None, None, 0, 0, False, 1.0, None)
     grid = (torch.ones(1), torch.zeros(1, dtype=torch.int32), 0, 15)
     seed = torch.zeros((), dtype=torch.int64)
-    return reconstruction._launch(h, h, h, *grid, True, p, keep_quantized, seed)
+    return reconstruction._launch(h, h, h, *grid, True, keep_quantized, seed)
 
 
 def _mix(dtype: torch.dtype, codes: bool, keep_quantized: float) -> object:
@@ -29,13 +29,13 @@ def _mix(dtype: torch.dtype, codes: bool, keep_quantized: float) -> object:
 
 LAUNCHES = [
     *(
-        Launch(f"reconstruction-{name}", lambda given=given: _loss(*given), registers=128, rounds=given[1] == 2)
+        Launch(f"reconstruction-{name}", lambda given=given: _loss(*given), registers=128, rounds=True)
         for name, given in {
-            "bfloat16-drop": (torch.bfloat16, 2.0, 0.5, False),
-            "float32-drop": (torch.float32, 2.0, 0.5, False),
-            "bfloat16-p_2.4-drop_8_bits": (torch.bfloat16, 2.4, 0.25, False),
-            "float16": (torch.float16, 2.0, 1.0, False),
-            "bfloat16-plain": (torch.bfloat16, 2.0, 1.0, True),
+            "bfloat16-drop": (torch.bfloat16, 0.5, False),
+            "float32-drop": (torch.float32, 0.5, False),
+            "bfloat16-drop_8_bits": (torch.bfloat16, 0.25, False),
+            "float16": (torch.float16, 1.0, False),
+            "bfloat16-plain": (torch.bfloat16, 1.0, True),
         }.items()
     ),
     *(

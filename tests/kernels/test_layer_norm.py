@@ -191,6 +191,10 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"x": torch.zeros(5)}, "x has shape (5,), expected [N, ..., C] with 1 <= C <= 8192"),
     ({"x": torch.zeros(2, 0)}, "x has shape (2, 0), expected [N, ..., C] with 1 <= C <= 8192"),
     ({"x": torch.zeros(1, 8193)}, "x has shape (1, 8193), expected [N, ..., C] with 1 <= C <= 8192"),
+    (
+        {"x": torch.empty((1 << 30) + 1, 1, device="meta")},
+        "x has 1073741825 rows, expected at most 1073741824; split the batch",
+    ),
     ({"weight": torch.zeros(3)}, "weight has shape (1, 3), expected (1, 5) = (groups, channels)"),
     ({"bias": torch.zeros(3, 5)}, "bias has shape (3, 5), expected (2, 5) = (groups, channels)"),
     ({"bias": W.half()}, "bias has dtype float16, expected float32"),

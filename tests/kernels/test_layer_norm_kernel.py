@@ -85,7 +85,7 @@ def assert_matches(
     assert same_bits(kernels.launch_backward(*on(device, arguments), False, True)[1], sums)
 
 
-SHAPES: list[tuple[int, ...]] = [(0, 3), (2, 0, 3), (1, 1), (6, 5), (4, 3, 70), (2, 5, 2, 33), (2, 2, 2100)]
+SHAPES: list[tuple[int, ...]] = [(0, 3), (2, 0, 3), (1, 1), (2, 3), (6, 5), (4, 3, 70), (2, 5, 2, 33), (2, 2, 2100)]
 
 
 @pytest.mark.parametrize("by_index", [False, True])
