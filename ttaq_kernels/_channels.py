@@ -68,12 +68,14 @@ def offsets(image, offs_c, offs_s, strides):
 
 
 @triton.jit
-def selected(sample_mask_ptr, image, offs_s, positions, per_sample):
-    """Whether each position of a tile exists and belongs to a selected sample."""
+def selected(sample_mask_ptr, image, offs_s, positions, per_sample, ONE_ROW: tl.constexpr):
+    """Whether each position of a tile exists and belongs to a selected sample; with ONE_ROW one holds all samples."""
     mask_s = offs_s < positions
     if sample_mask_ptr is not None:
-        # Either the tile has an image of its own or all images make one row; the other term is then 0.
-        mask_s &= tl.load(sample_mask_ptr + image + offs_s // per_sample, mask=mask_s, other=0) != 0
+        if ONE_ROW:
+            mask_s &= tl.load(sample_mask_ptr + offs_s // per_sample, mask=mask_s, other=0) != 0
+        else:
+            mask_s &= tl.load(sample_mask_ptr + image + tl.zeros((1, 1), tl.int64)) != 0
     return mask_s
 
 

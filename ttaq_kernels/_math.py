@@ -46,7 +46,7 @@ def reciprocal(x):
 def log2_of_hardware(x):
     """log2(x), x >= 0: off by 2**-22 where 0.5 < x < 2, else by 2**-22 of itself; -infinity below 2**-126.
 
-    For a gradient: a thirtieth of the instructions of `tl.log2`, which keeps its digits near 1.
+    For penalties and gradients: a thirtieth of the instructions of `tl.log2`, which keeps its digits near 1.
     """
     if _COMPILED:
         y = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)

@@ -28,6 +28,7 @@ from ttaq_kernels._channels import (
 )
 from ttaq_kernels._launch import ceil_div, launch, next_power_of_2, tl, triton
 from ttaq_kernels._library import register_op
+from ttaq_kernels._math import reciprocal
 from ttaq_kernels.reference import moments as reference
 
 # Device functions stay without types: Triton has none.
@@ -37,11 +38,13 @@ __all__ = ["batch_norm_moments", "launch_moments", "launch_parts", "merged", "me
 
 _MERGED_CHANNELS = 16
 _WARPS = 8
+_WARP_TILE = 512  # elements of each warp of a reduction
 
 
 @triton.jit
 def _partial_kernel(
-    x_ptr, sample_mask_ptr, parts_ptr, sizes, split, strides, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr
+    x_ptr, sample_mask_ptr, parts_ptr, sizes, split, strides,
+    ONE_ROW: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """parts[:, part, c] = count, mean and M2 of the chunks of one part"""
     channels, positions, columns, per_sample = sizes[0], sizes[1], sizes[2], sizes[3]
@@ -53,12 +56,14 @@ def _partial_kernel(
     m2 = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
     for chunk in range(part * per_part, tl.minimum((part + 1) * per_part, chunks)):
         image, rows, offs_s = tile(chunk, column, positions, BLOCK_C, BLOCK_S)
-        mask_s = selected(sample_mask_ptr, image, offs_s, positions, per_sample)
+        mask_s = selected(sample_mask_ptr, image, offs_s, positions, per_sample, ONE_ROW)
         offs = offsets(image, rows, offs_s, strides)
         x = tl.load(x_ptr + offs, mask=(rows < channels) & mask_s, other=0.0).to(tl.float32)
         count += mask_s.to(tl.float32)
         delta = tl.where(mask_s, x - mean, 0.0)
-        mean += delta * tl.div_rn(1.0, tl.maximum(count, 1.0))
+        # With the shorter one, ptxas puts two registers of a long row on the stack (sm_80, sm_89).
+        share = tl.div_rn(1.0, tl.maximum(count, 1.0)) if ONE_ROW else reciprocal(tl.maximum(count, 1.0))
+        mean += delta * share
         m2 += delta * (x - mean)
     total = tl.sum(count, axis=1)
     # A part may have no selected sample.
@@ -113,7 +118,9 @@ def launch_parts(who: str, x: Tensor, sample_mask: Tensor | None) -> Tensor:
     chunks, per_part, parts = tiles.reducing()
     partial = x.new_empty(3, parts, tiles.channels, dtype=torch.float32)
     arguments = (x, dense_bytes(sample_mask), partial, tiles.sizes, (chunks, per_part, parts), tiles.strides[0])
-    launch(who, _partial_kernel, tiles.columns * parts, *arguments, **tiles.blocks, num_warps=_WARPS)
+    warps = max(1, tiles.block_c * tiles.block_s // _WARP_TILE)
+    options = {"ONE_ROW": tiles.images == 1, **tiles.blocks}
+    launch(who, _partial_kernel, tiles.columns * parts, *arguments, **options, num_warps=warps)
     return partial
 
 

@@ -24,7 +24,6 @@ from ttaq_kernels._library import register_op
 from ttaq_kernels._math import round_half_even
 from ttaq_kernels.errors import KernelError
 from ttaq_kernels.reference import scale_search as reference
-from ttaq_kernels.soft_round import power
 
 # Device functions stay without types: Triton has none.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -37,6 +36,12 @@ _PART = 1 << 13  # values of a row that one program scores, the same for all GPU
 _TILE = 2048  # pairs of value and zero point of a program at a time
 _SMALLEST = tl.constexpr(1e-8)
 _NONE = tl.constexpr(1 << 30)  # above every place in the list of candidates
+
+
+@triton.jit
+def power(base, exponent):
+    """base^exponent, base >= 0, exponent > 0"""
+    return tl.exp2(exponent * tl.log2(base))
 
 
 @triton.jit

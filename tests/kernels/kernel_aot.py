@@ -3,6 +3,7 @@
 Only for the process of the tests marked `aot` and for `kernel_golden.py`: the driver of Triton is replaced for good.
 """
 
+import math
 import multiprocessing
 import os
 import re
@@ -34,6 +35,7 @@ _FFMA = 0x023
 _MAGIC = 0x4B400000  # 1.5 * 2**23, which rounds what it is added to
 # Directives begin with a dot.
 _PTX_INSTRUCTION = re.compile(r"^\s*(?:@!?%\w+\s+)?[a-z]", re.MULTILINE)
+_SASS_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
 _WORKERS = 8  # at most: each holds torch and Triton
 
 
@@ -61,9 +63,10 @@ class _NoGpuDriver:
 class Compiled:
     """One compiled kernel.
 
-    sass: where it was asked for. usage: REG, STACK, LOCAL, ... of cuobjdump. shared: bytes per block. instructions: of
-    the kernel, without padding. rounds_fused: whether a fused multiply-add rounds. threads: of all programs. elements:
-    of the largest tensor. bytes_moved: of all tensors, each once.
+    sass: where it was asked for, or the kernel has a loop. usage: REG, STACK, LOCAL, ... of cuobjdump. shared: bytes
+    per block. instructions: of the kernel, without padding. rounds_fused: whether a fused multiply-add rounds. threads:
+    of all programs. elements: of the largest tensor. bytes_moved: of all tensors, each once. tile: the product of the
+    sizes of its blocks.
     """
 
     name: str
@@ -76,17 +79,24 @@ class Compiled:
     threads: int
     elements: int
     bytes_moved: int
+    tile: int
+    programs: int
 
     @property
     def loops(self) -> bool:
         """Whether it jumps back: then the instructions in it do not say how many are executed."""
-        seen: set[str] = set()
-        for line in self.ptx.splitlines():
-            if label := re.match(r"(\$L\w+):", line):
-                seen.add(label[1])
-            elif (jump := re.search(r"\bbra(?:\.uni)?\s+(\$L\w+)", line)) and jump[1] in seen:
-                return True
-        return False
+        return _jumps_back(self.ptx)
+
+    @property
+    def loop(self) -> int:
+        """The instructions of its longest loop, where it was disassembled."""
+        code = [(int(place, 16), text) for place, text in _SASS_INSTRUCTION.findall(self.sass)]
+        longest = 0
+        for place, text in code:
+            jump = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
+            if jump and int(jump[1], 16) < place:
+                longest = max(longest, sum(int(jump[1], 16) <= other <= place for other, _ in code))
+        return longest
 
     @property
     def row(self) -> dict[str, object]:
@@ -101,6 +111,16 @@ class Compiled:
             "sass_per_element": None if self.loops else round(self.instructions * self.threads / self.elements, 2),
             "bytes_per_element": round(self.bytes_moved / self.elements, 2),
         }
+
+
+def _jumps_back(ptx: str) -> bool:
+    seen: set[str] = set()
+    for line in ptx.splitlines():
+        if label := re.match(r"(\$L\w+):", line):
+            seen.add(label[1])
+        elif (jump := re.search(r"\bbra(?:\.uni)?\s+(\$L\w+)", line)) and jump[1] in seen:
+            return True
+    return False
 
 
 def _instructions(cubin: bytes, kernel: str) -> list[tuple[int, int]]:
@@ -143,11 +163,12 @@ def compile_launches(capability: int, launcher: Callable[[], object], disassembl
         one = run(kernel, *arguments, warmup=True, grid=grid, **options)
         cubin, tensors = one.asm["cubin"], _tensors(arguments)
         instructions = _instructions(cubin, kernel.__name__)
+        loops = capability == DISASSEMBLED and _jumps_back(one.asm["ptx"])
         built.append(
             Compiled(
                 name=kernel.__name__,
                 ptx=one.asm["ptx"],
-                sass=_dump(cubin, "-sass") if disassemble else "",
+                sass=_dump(cubin, "-sass") if disassemble or loops else "",
                 usage={key: int(number) for key, number in re.findall(r"(\w+):(\d+)", _dump(cubin, "-res-usage"))},
                 shared=one.metadata.shared,
                 instructions=len(instructions),
@@ -155,6 +176,8 @@ def compile_launches(capability: int, launcher: Callable[[], object], disassembl
                 threads=32 * one.metadata.num_warps * grid[0],
                 elements=max(tensor.numel() for tensor in tensors),
                 bytes_moved=sum(min(t.untyped_storage().nbytes(), t.nbytes) for t in tensors),
+                tile=math.prod(size for name, size in options.items() if name.startswith("BLOCK_")),
+                programs=grid[0],
             )
         )
 

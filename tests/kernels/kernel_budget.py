@@ -7,8 +7,9 @@ is above the budget computes for longer than its bytes take.
 
 BUDGET = 31 / 4
 
-# Reductions run as many tiles after each other as their tensor has, one for the small tensors here. Losses and perturb
-# are bound by their launch, products by the tensor cores.
+# Reductions run as many tiles after each other as their tensor has: their loop is what counts, on a full tile. Small
+# tensors give them one tile and no loop. A step on soft-rounded weights holds the code for every weight, of which a
+# program runs one. Losses and perturb are bound by their launch, products by the tensor cores.
 _STREAMING = (
     "batch_norm",
     "fake_quantize",
@@ -19,7 +20,7 @@ _STREAMING = (
     "reconstruction",
     "soft_round",
 )
-_REDUCING = {"_partial_kernel", "_merge_kernel", "sums_kernel", "statistics_kernel", "_penalty_kernel", "_step_kernel"}
+_REDUCING = {"_partial_kernel", "_merge_kernel", "sums_kernel", "statistics_kernel", "_step_kernel"}
 
 SMALLEST = 1 << 15  # elements: less does not fill the tiles
 
