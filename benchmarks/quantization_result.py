@@ -43,7 +43,7 @@ def errors_of(rows: list[dict[str, Any]], base: str) -> Errors:
 def schemes_of(errors: Errors) -> list[str]:
     """From many bits to few."""
     found = {scheme for scheme, _, _ in errors} - {"float"}
-    return sorted(found, key=lambda scheme: sum(int(digit) for digit in scheme if digit.isdigit()), reverse=True)
+    return sorted(found, key=lambda scheme: (-sum(int(digit) for digit in scheme if digit.isdigit()), scheme))
 
 
 def text(values: dict[int, float] | None, less: dict[int, float] | None = None) -> str:
