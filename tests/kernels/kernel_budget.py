@@ -22,8 +22,15 @@ _STREAMING = (
 )
 _REDUCING = {"_partial_kernel", "_merge_kernel", "sums_kernel", "statistics_kernel", "_step_kernel"}
 
+# By Triton 3.6.0 two instructions of 252 too many, by 3.9.0 within the budget.
+_ABOVE = {("batch_norm-14x14-nchw-bfloat16-masked", "_partial_kernel"): 7.79}
+
 SMALLEST = 1 << 15  # elements: less does not fill the tiles
 
 
 def streams(launch: str, kernel: str) -> bool:
     return launch.startswith(_STREAMING) and kernel not in _REDUCING
+
+
+def budget(launch: str, kernel: str) -> float:
+    return _ABOVE.get((launch, kernel), BUDGET)
