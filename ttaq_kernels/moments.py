@@ -63,8 +63,9 @@ def _partial_kernel(
         delta = tl.where(mask_s, x - mean, 0.0)
         # With the shorter one, ptxas puts two registers of a long row on the stack (sm_80, sm_89).
         share = tl.div_rn(1.0, tl.maximum(count, 1.0)) if ONE_ROW else reciprocal(tl.maximum(count, 1.0))
-        mean += delta * share
-        m2 += delta * (x - mean)
+        step = delta * share
+        mean += step
+        m2 += delta * (delta - step)
     total = tl.sum(count, axis=1)
     # A part may have no selected sample.
     centre = tl.div_rn(tl.sum(count * mean, axis=1), tl.maximum(total, 1.0))

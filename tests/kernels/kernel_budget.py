@@ -22,15 +22,8 @@ _STREAMING = (
 )
 _REDUCING = {"_partial_kernel", "_merge_kernel", "sums_kernel", "statistics_kernel", "_step_kernel"}
 
-# The loop of planes of odd size in NCHW under a sample mask: above the budget by Triton 3.6.0, below it by 3.9.0.
-_ABOVE = {("batch_norm-14x14-nchw-bfloat16-masked", "_partial_kernel"): 7.79}
-
 SMALLEST = 1 << 15  # elements: less does not fill the tiles
 
 
 def streams(launch: str, kernel: str) -> bool:
     return launch.startswith(_STREAMING) and kernel not in _REDUCING
-
-
-def budget(launch: str, kernel: str) -> float:
-    return _ABOVE.get((launch, kernel), BUDGET)
