@@ -3,8 +3,8 @@
     python -m benchmarks.quantization --arms known,mode --schemes W2A4,W3A3 --seeds 0,1,2 --stage choose
 
 `--stage choose` runs on the validation images and corruptions, `--stage report` on the reporting images and the 15
-corruptions, `--stage clean` on the clean test images without adaptation. A model that is there is not quantized again,
-a row that is there not run again: interrupted, the same command goes on. `--base ARM` is what the arms of `parts`
+corruptions, `--stage clean` on the clean reporting images without adaptation. A model that is there is not quantized again, a
+row that is there not run again: interrupted, the same command goes on. `--base ARM` is what the arms of `parts`
 change.
 """
 
@@ -21,7 +21,7 @@ PLAN = Path(__file__).with_suffix(".toml")
 STAGES = {
     "choose": ["--corruptions", "validation", "--split", "validate"],
     "report": ["--corruptions", "all", "--split", "report"],
-    "clean": ["--corruptions", "clean", "--split", "all"],
+    "clean": ["--corruptions", "clean", "--split", "report"],
 }
 
 

@@ -175,10 +175,11 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def restore(self, where: Tensor) -> None:
         """Adapted parameters and optimizer back to the beginning if `where`, a bool scalar on the device, is true."""
+        states = {} if self.optimizer is None else self.optimizer.state
         for parameter, source in zip(self._adapted.values(), self.source_values, strict=True):
-            parameter.copy_(torch.where(where, source, parameter))
-        for value in self._mutable()["optimizer"].values():
-            value.copy_(torch.where(where, 0.0, value))
+            torch.where(where, source, parameter, out=parameter)
+            for value in states[parameter].values():
+                value.masked_fill_(where, 0.0)
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         """Random numbers of this batch and of no other: the same in `step`, in `answer` and after a resumption."""
