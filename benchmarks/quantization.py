@@ -3,9 +3,9 @@
     python -m benchmarks.quantization --arms known,mode --schemes W2A4,W3A3 --seeds 0,1,2 --stage choose
 
 `--stage choose` runs on the validation images and corruptions, `--stage report` on the reporting images and the 15
-corruptions, `--stage clean` on the clean reporting images without adaptation. A model that is there is not quantized again, a
-row that is there not run again: interrupted, the same command goes on. `--base ARM` is what the arms of `parts`
-change.
+corruptions, `--stage clean` on the clean reporting images, without adaptation. A model that is there is not quantized
+again, a row that is there not run again: interrupted, the same command goes on. `--base ARM` is what the arms of
+`parts` change.
 """
 
 from __future__ import annotations
