@@ -6,6 +6,7 @@ file that is mapped into memory and disappears with the cache.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable
 from itertools import pairwise
@@ -20,12 +21,16 @@ from ttaq_kernels import gather_mix
 
 __all__ = ["Budget", "Rows", "chunks", "mixed"]
 
-_CHUNK = 256  # images that go through a unit together: enough for statistics of the batch
+# Images that go through a unit together, the least and the most: enough for statistics of the batch; and their pixels.
+_CHUNK = 64, 256
+_CHUNK_PIXELS = 1 << 20
 
 
-def chunks(count: int) -> list[slice]:
-    """The images of each forward pass: equal parts of about 256."""
-    ends = torch.linspace(0, count, max(1, round(count / _CHUNK)) + 1).round().int().tolist()
+def chunks(images: Tensor) -> list[slice]:
+    """The images of each forward pass: equal parts of about 256, of large images 64."""
+    least, most = _CHUNK
+    size = min(max(_CHUNK_PIXELS // max(1, math.prod(images.shape[2:])), least), most)
+    ends = torch.linspace(0, len(images), max(1, round(len(images) / size)) + 1).round().int().tolist()
     return [slice(begin, end) for begin, end in pairwise(ends)]
 
 

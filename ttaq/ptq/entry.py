@@ -117,7 +117,7 @@ def quantize(
             centre(quantized, training.centring)
         device = next(quantized.parameters()).device
         if training is not None and training.centring in ("channel", "tensor"):
-            estimate_statistics(quantized, (images[place].to(device) for place in chunks(len(images))))
+            estimate_statistics(quantized, (images[place].to(device) for place in chunks(images)))
         by_batch = training is not None and training.norm_statistics == "batch"
         shown = images if training is None else _augmented(images, training.augment, seed)
         with batch_statistics(quantized) if by_batch else nullcontext():
@@ -139,7 +139,7 @@ def quantize(
                 with batch_statistics(quantized, teacher) if by_batch else nullcontext():
                     distil(quantized, teacher, shown, training, seed=seed, progress=progress)
         if by_batch:
-            parts = (images[place].to(device, torch.float32) for place in chunks(len(images)))
+            parts = (images[place].to(device, torch.float32) for place in chunks(images))
             estimate_statistics(quantized, (part.contiguous(memory_format=torch.channels_last) for part in parts))
     return quantized
 

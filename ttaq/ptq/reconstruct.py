@@ -53,27 +53,29 @@ def reconstruct(
     parameter = next(p for p in model.parameters() if p.is_floating_point())
     if parameter.dtype != torch.float32:
         raise InputError(f"quantize: the model is {parameter.dtype}, expected float32 to train; call model.float()")
-    device, count = parameter.device, len(images)
+    device, places = parameter.device, chunks(images)
     units, theirs = (_units(each, settings) for each in (model, teacher))
     teachers = [unit_module(teacher, unit) for unit in theirs]
 
     def batches() -> Iterator[Tensor]:
-        for place in chunks(count):
+        for place in places:
             yield images[place].to(device, torch.float32).contiguous(memory_format=torch.channels_last)
 
     by_batch = settings.norm_statistics == "batch"
     with batch_statistics(model, teacher) if by_batch else nullcontext():
         predicts = settings.prediction or settings.perturbation
         logits = torch.cat([teacher(batch) for batch in batches()]) if predicts else None
-        floating = quantized = _collect(batches(), count, budget)
+        floating = quantized = _collect(batches(), places, budget)
         for number, (unit, twin) in enumerate(zip(units, theirs, strict=True)):
-            outputs = _collect(_through(teachers[number], floating, device), count, budget)
+            outputs = _collect(_through(teachers[number], floating, places, device), places, budget)
             if store is None or not store.load(number, unit, model):
                 inputs, targets = floating, outputs
                 if settings.correction:
-                    moved = (corrected(teachers[number], x, settings.correction) for x in _read(floating, device))
-                    inputs = _collect(moved, count, budget)
-                    targets = _collect(_through(teachers[number], inputs, device), count, budget)
+                    moved = (
+                        corrected(teachers[number], x, settings.correction) for x in _read(floating, places, device)
+                    )
+                    inputs = _collect(moved, places, budget)
+                    targets = _collect(_through(teachers[number], inputs, places, device), places, budget)
                 parts = [(unit, twin)]
                 if settings.single_layers:
                     parts = list(zip(layer_by_layer(model, unit), layer_by_layer(teacher, twin), strict=True))
@@ -91,8 +93,8 @@ def reconstruct(
                     targets.release()
                 if store is not None:
                     store.save(number, unit, model)
-            after = _through(unit_module(model, unit), quantized, device)
-            after_rows = _collect(after, count, budget, _last_grid(model, unit))
+            after = _through(unit_module(model, unit), quantized, places, device)
+            after_rows = _collect(after, places, budget, _last_grid(model, unit))
             floating.release()
             if quantized is not floating:
                 quantized.release()
@@ -108,24 +110,22 @@ def _units(model: QuantizedModel, settings: Reconstruction) -> list[Unit]:
     return units
 
 
-def _collect(batches: Iterator[Tensor], count: int, budget: Budget, grid: Quantizer | None = None) -> Rows:
+def _collect(batches: Iterator[Tensor], places: list[slice], budget: Budget, grid: Quantizer | None = None) -> Rows:
     rows: Rows | None = None
-    begin = 0
-    for batch in batches:
-        rows = budget.rows(batch, count, grid) if rows is None else rows
-        rows.write(slice(begin, begin + len(batch)), batch)
-        begin += len(batch)
+    for place, batch in zip(places, batches, strict=True):
+        rows = budget.rows(batch, places[-1].stop, grid) if rows is None else rows
+        rows.write(place, batch)
     if rows is None:
         raise InputError("quantize: there are no calibration images, expected at least 2")
     return rows
 
 
-def _through(module: nn.Module, inputs: Rows, device: torch.device) -> Iterator[Tensor]:
-    return (module(x) for x in _read(inputs, device))
+def _through(module: nn.Module, inputs: Rows, places: list[slice], device: torch.device) -> Iterator[Tensor]:
+    return (module(x) for x in _read(inputs, places, device))
 
 
-def _read(inputs: Rows, device: torch.device) -> Iterator[Tensor]:
-    return (inputs.read(place, device) for place in chunks(len(inputs.values)))
+def _read(inputs: Rows, places: list[slice], device: torch.device) -> Iterator[Tensor]:
+    return (inputs.read(place, device) for place in places)
 
 
 def _last_grid(model: nn.Module, unit: Unit) -> Quantizer | None:
