@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.quantization import PLAN, arms
 from ttaq.eval.rows import read_rows
+from ttaq.ptq.entry import settings_of
 
 SCHEMES = ("W2A4", "W2A2", "W3A3")
 METHODS = ("norm", "tent")
@@ -35,8 +36,11 @@ def flags_of(quantization: str) -> tuple[str, frozenset[tuple[str, str]]]:
 
 def flags_of_arm(settings: dict[str, Any]) -> tuple[str, frozenset[tuple[str, str]]]:
     """The same of an arm of the plan."""
-    own = {name: str(value) for name, value in settings.items() if name not in {"method", *_NOT_OF_THE_ARM}}
-    return settings["method"], frozenset(own.items())
+    method = settings["method"]
+    own = {name: value for name, value in settings.items() if name != "method"}
+    training = None if method == "float" else settings_of(method, settings=own)
+    changed = {} if training is None else training.changed()
+    return method, frozenset((name, str(value)) for name, value in changed.items() if name not in _NOT_OF_THE_ARM)
 
 
 def cells_by_arm(rows: list[dict[str, Any]], base: str) -> dict[str, Cells]:

@@ -1,10 +1,10 @@
-"""What the rows of `benchmarks.quantization --stage report` say: errors by scheme, arm and method, and the claim.
+"""What the rows of `benchmarks.quantization` say: errors by scheme, arm and method, and the claim.
 
     python -m benchmarks.quantization_result ROWS... [--arms LIST] [--claim ARM] [--against ARM] [--plot FILE]
 
 Prints two Markdown tables. The first has the mean error (%) of every arm under every method, with its 95 % t interval
 over the seeds. The second has, paired by seed, the claimed arm minus the one it is to beat, and minus the float model
-under the same method. `--plot` draws the first.
+under the same method, where there is anything to compare. `--plot` draws the first.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
         errors = {key: seeds for key, seeds in errors.items() if key[1] in args.arms.split(",")}
     schemes = schemes_of(errors)
     tables = errors_table(errors, schemes), claim_table(errors, schemes, args.claim, args.against)
-    print("\n\n".join("\n".join(table) for table in tables))
+    print("\n\n".join("\n".join(table) for table in tables if len(table) > 2))
     if args.plot is not None:
         plot(errors, schemes, args.plot)
 

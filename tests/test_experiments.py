@@ -84,9 +84,10 @@ def test_the_table_of_the_choice_is_that_of_its_rows(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out in (root / "docs" / "quantization.md").read_text()
 
 
-def test_the_tables_of_the_result_are_those_of_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("rows", ["report", "clean", "resnet32"])
+def test_the_tables_of_the_result_are_those_of_its_rows(rows: str, capsys: pytest.CaptureFixture[str]) -> None:
     root = quantization.PLAN.parent.parent
-    quantization_result.main([str(root / "benchmarks" / "results" / "quantization_report.jsonl")])
+    quantization_result.main([str(root / "benchmarks" / "results" / f"quantization_{rows}.jsonl")])
     assert capsys.readouterr().out in (root / "docs" / "quantization.md").read_text()
 
 
