@@ -35,7 +35,7 @@ def flags_of(quantization: str) -> tuple[str, frozenset[tuple[str, str]]]:
 
 
 def flags_of_arm(settings: dict[str, Any]) -> tuple[str, frozenset[tuple[str, str]]]:
-    """The same of an arm of the plan."""
+    """The same of an arm of the plan, with what its method sets by itself."""
     method = settings["method"]
     own = {name: value for name, value in settings.items() if name != "method"}
     training = None if method == "float" else settings_of(method, settings=own)

@@ -21,7 +21,7 @@ from ttaq_kernels import gather_mix
 
 __all__ = ["Budget", "Rows", "chunks", "mixed"]
 
-# Images that go through a unit together, the least and the most: enough for statistics of the batch; and their pixels.
+# Images that go through a unit together: the least is enough for statistics of the batch; between them, memory decides.
 _CHUNK = 64, 256
 _CHUNK_PIXELS = 1 << 20
 
