@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--methods", help="instead of those of the table")
     parser.add_argument("--streams", help="some of the table's")
     parser.add_argument("--seeds", help="instead of those of the table")
+    parser.add_argument("--images", help="of each corruption, instead of those of the table")
     parser.add_argument("--dataset", default="cifar10")
     parser.add_argument("--option", action="append", default=[], help="as for ttaq adapt; may be repeated")
     parser.add_argument("--guards", action=argparse.BooleanOptionalAction, default=True)
@@ -54,13 +55,14 @@ def main() -> None:
     common = ["--dataset", args.dataset, "--threads", "1", "--seeds", args.seeds or table.get("seeds", "0,1,2")]
     common += VALIDATION if args.table == "abl" else []
     common += [f"--model={model}" for model in args.model] + ([] if args.guards else ["--no-guards"])
+    images = ["--images", args.images] if args.images else []
     for name, flags in streams.items():
         out = ["--out", str(args.out / f"{args.table}_{name}.jsonl")]
         for arm in settings:
             own = [f"--option={method}.{key}={value}" for method in methods for key, value in arm.items()]
             given = [f"--option={option}" for option in args.option]
             print(name, ",".join(methods), arm, flush=True)
-            if code := ttaq(["adapt", *common, "--methods", ",".join(methods), *flags, *own, *given, *out]):
+            if code := ttaq(["adapt", *common, "--methods", ",".join(methods), *flags, *images, *own, *given, *out]):
                 raise SystemExit(code)
 
 

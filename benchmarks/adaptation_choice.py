@@ -41,14 +41,20 @@ def stream_of(description: str) -> str:
     return "iid" if flags["delta"] == "none" else f"dirichlet{flags['delta'].replace('.', '')}"
 
 
-def errors_of(rows: list[dict[str, Any]]) -> Errors:
-    """The mean per-class error of every cell, from the summaries; arms in the order of the plan."""
+def arms_by_settings() -> dict[tuple[Any, ...], str]:
+    """The arm that options belong to, in the order of the plan."""
     plan = tomllib.loads(PLAN.read_text())["abl"]
     names = {settings_of(settings): arm for arm, settings in plan["loss"].items()}
     for base, settings in plan["loss"].items():
         for answer, own in plan["answer"].items():
             if settings:
                 names[settings_of({**settings, **own})] = f"{base}+{answer}"
+    return names
+
+
+def errors_of(rows: list[dict[str, Any]]) -> Errors:
+    """The mean per-class error of every cell, from the summaries; arms in the order of the plan."""
+    names = arms_by_settings()
     found: Errors = {}
     for row in rows:
         if row["kind"] == "summary":

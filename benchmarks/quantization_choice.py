@@ -43,12 +43,17 @@ def flags_of_arm(settings: dict[str, Any]) -> tuple[str, frozenset[tuple[str, st
     return method, frozenset((name, str(value)) for name, value in changed.items() if name not in _NOT_OF_THE_ARM)
 
 
-def cells_by_arm(rows: list[dict[str, Any]], base: str) -> dict[str, Cells]:
-    """For every arm of the plan that has rows, in the order of the plan."""
+def arms_by_flags(base: str) -> dict[tuple[str, frozenset[tuple[str, str]]], str]:
+    """The arm that flags belong to, in the order of the plan."""
     plan = tomllib.loads(PLAN.read_text())
     found = arms([name for section in plan.values() for name in section], base)
-    names = {flags_of_arm(settings): arm for arm, settings in found.items()}
-    errors: dict[str, dict[tuple[str, int, str], float]] = {arm: {} for arm in found}
+    return {flags_of_arm(settings): arm for arm, settings in found.items()}
+
+
+def cells_by_arm(rows: list[dict[str, Any]], base: str) -> dict[str, Cells]:
+    """For every arm of the plan that has rows, in the order of the plan."""
+    names = arms_by_flags(base)
+    errors: dict[str, dict[tuple[str, int, str], float]] = {arm: {} for arm in names.values()}
     for row in rows:
         if row["kind"] == "summary":
             arm = names[flags_of(row["quantization"])]

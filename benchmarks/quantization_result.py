@@ -10,12 +10,11 @@ under the same method, where there is anything to compare. `--plot` draws the fi
 from __future__ import annotations
 
 import argparse
-import tomllib
+import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quantization import PLAN, arms
-from benchmarks.quantization_choice import flags_of, flags_of_arm
+from benchmarks.quantization_choice import arms_by_flags, flags_of
 from ttaq.eval.plot_style import clean, legend, save, style
 from ttaq.eval.rows import read_rows
 from ttaq.eval.student_t import t_interval
@@ -25,19 +24,27 @@ Errors = dict[tuple[str, str, str], dict[int, float]]
 
 
 def errors_of(rows: list[dict[str, Any]], base: str) -> Errors:
-    """From the summaries, arms in the order of the plan."""
-    plan = tomllib.loads(PLAN.read_text())
-    names = {flags_of_arm(own): arm for arm, own in arms([n for part in plan.values() for n in part], base).items()}
+    """From the summaries, arms in the order of the plan, with their steps where the rows are of several numbers."""
+    names = arms_by_flags(base)
+    steps = {count for row in rows for count in re.findall(r"iterations=(\d+)", row.get("quantization") or "")}
     found: Errors = {}
     for row in rows:
         if row["kind"] == "summary":
             floating = row["scheme"] == "float"
             arm = "float" if floating else names[flags_of(row["quantization"])]
+            if len(steps) > 1 and (count := re.search(r"iterations=(\d+)", row["quantization"] or "")):
+                arm += f", {count[1]} steps"
             seeds = found.setdefault((row["scheme"], arm, row["method"]), {})
             if seeds.setdefault(row["seed"], row["error"]) != row["error"]:
                 raise SystemExit(f"two results for {row['scheme']}, {arm}, {row['method']}, seed {row['seed']}")
     order = {arm: place for place, arm in enumerate(names.values())}
-    return dict(sorted(found.items(), key=lambda item: (item[0][0] != "float", order[item[0][1]], item[0][2])))
+
+    def place(key: tuple[str, str, str]) -> tuple[Any, ...]:
+        scheme, arm, method = key
+        name, _, rest = arm.partition(", ")
+        return scheme != "float", order[name], int(rest.removesuffix(" steps") or 0), method
+
+    return {key: found[key] for key in sorted(found, key=place)}
 
 
 def schemes_of(errors: Errors) -> list[str]:

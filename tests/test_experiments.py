@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import adaptation, adaptation_choice, quantization, quantization_choice, quantization_result
+from benchmarks import (
+    adaptation,
+    adaptation_choice,
+    adaptation_result,
+    quantization,
+    quantization_choice,
+    quantization_result,
+)
+from ttaq.errors import CheckpointError
 from ttaq.eval import Stream
 from ttaq.ptq import METHODS as QUANTIZATION
 from ttaq.ptq import settings_of
@@ -114,6 +123,20 @@ def test_the_claim_is_paired_by_seed() -> None:
         quantization_result.errors_of([*rows, *rows_of_result("qdrop", "W2A4", [31.0])], "batch_affine_keep_1")
 
 
+def test_arms_of_several_lengths_are_told_apart() -> None:
+    rows = rows_of_result("qdrop", "W2A4", [30.0])
+    assert [arm for _, arm, _ in quantization_result.errors_of(rows, "batch_affine_keep_1")] == ["qdrop"]
+    for count in (4000, 400):
+        cell = {"quantization": f"qdrop(iterations={count},search=mse)", "error": float(count)}
+        rows.append(rows[0] | cell | {"seed": 1})
+    errors = quantization_result.errors_of(rows[1:], "batch_affine_keep_1")
+    assert {arm: [*seeds.values()] for (_, arm, _), seeds in errors.items()} == {
+        "qdrop, 400 steps": [400.0],
+        "qdrop, 4000 steps": [4000.0],
+    }
+    assert [arm for _, arm, _ in errors] == ["qdrop, 400 steps", "qdrop, 4000 steps"]
+
+
 def rows_of_choice(stream: str, options: dict[str, Any], errors: list[float]) -> list[dict[str, Any]]:
     flags = {"iid": {}, "dirichlet01": {"delta": 0.1}, "tail": {"tail": 0.05}}[stream]
     cell = {"kind": "summary", "method": "tent", "scheme": "W4A4", "options": {"lr": 1e-3, **options}}
@@ -140,3 +163,65 @@ def test_the_rule_of_adaptation() -> None:
     for stream in ("iid", "dirichlet01", "tail"):
         rows += rows_of_choice(stream, good | {"abl_answer": 1.0}, [15.0])
     assert adaptation_choice.figure(adaptation_choice.errors_of(rows), "gradient_soft+answer_1") == -5.0
+
+
+def rows_of_adaptation(
+    method: str, errors: list[float], quantized: str | None = None, **own: Any
+) -> list[dict[str, Any]]:
+    row = {"kind": "summary", "method": method, "options": {}, "counters": {"updates": 0}, "quantization": quantized}
+    row |= {"scheme": "W4A4" if quantized else "float"} | own
+    return [
+        row | {"seed": seed, "error": error, "stream": str(Stream(dataset="digits", seed=seed))}
+        for seed, error in enumerate(errors)
+    ]
+
+
+def test_the_tables_of_adaptation_are_paired_by_seed(tables: Any) -> None:
+    ttaq, learns = f"qdrop({FLAGS['distillation']})", {"counters": {"updates": 3}, "guards": {"drift": 0.5}}
+    rows = rows_of_adaptation("tent", [19.0, 22.0], **learns)
+    rows += rows_of_adaptation("tent", [18.5, 23.5], options={"abl": "gradient"}, **learns)
+    rows += rows_of_adaptation("norm", [20.0, 22.0]) + rows_of_adaptation("norm", [25.0, 31.0], ttaq)
+    rows += rows_of_adaptation("tent", [40.0], counters={"updates": 3})
+    assert tables(rows) == [
+        "| error, % | float | W4A4 ttaq |",
+        "|---|---:|---:|",
+        "| `tent` | 20.50 ± 19.06 (n = 2) | not run |",
+        "| `tent`, gradient_soft | 21.00 ± 31.77 (n = 2) | not run |",
+        "| `norm` | 21.00 ± 12.71 (n = 2) | 28.00 ± 38.12 (n = 2) |",
+        "| `tent, no guards` | 40.00 (n = 1) | not run |",
+        "",
+        "| minus `norm` | float | W4A4 ttaq |",
+        "|---|---:|---:|",
+        "| `tent` | -0.50 ± 6.35 (n = 2) | not run |",
+        "| `tent, no guards` | +20.00 (n = 1) | not run |",
+        "",
+        "| minus the same without ABL | `tent`, gradient_soft |",
+        "|---|---:|",
+        "| float | +0.50 ± 12.71 (n = 2) |",
+        "| W4A4 ttaq | not run |",
+    ]
+    across = tables(rows_of_adaptation("norm", [1.0]) + rows_of_adaptation("norm", [2.0], ttaq))
+    assert across == ["| error, % | `norm` |", "|---|---:|", "| float | 1.00 (n = 1) |", "| W4A4 ttaq | 2.00 (n = 1) |"]
+
+
+@pytest.fixture
+def tables(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The lines that the command prints of rows."""
+
+    def lines(rows: list[dict[str, Any]]) -> list[str]:
+        monkeypatch.setattr(adaptation_result, "read_rows", lambda _: rows)
+        picture = tmp_path / "picture.png"
+        adaptation_result.main(["rows.jsonl", "--plot", str(picture)])
+        assert picture.stat().st_size > 5000
+        return capsys.readouterr().out.splitlines()
+
+    return lines
+
+
+def test_rows_of_adaptation_that_do_not_belong_together_are_refused() -> None:
+    rows = rows_of_adaptation("norm", [20.0])
+    with pytest.raises(CheckpointError, match="two results for float, norm, off, seed 0"):
+        adaptation_result.cells_of([*rows, *rows_of_adaptation("norm", [21.0])], "error")
+    other = rows[0] | {"stream": str(Stream(dataset="digits", delta=0.1))}
+    with pytest.raises(CheckpointError, match="different streams"):
+        adaptation_result.cells_of([*rows, other], "error")

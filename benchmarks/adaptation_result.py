@@ -1,0 +1,135 @@
+"""What the rows of `benchmarks.adaptation` say: methods against one another, and each with ABL against itself without.
+
+    python -m benchmarks.adaptation_result ROWS... [--figure error|class_error|ece] [--baseline norm] [--plot FILE]
+
+Rows of one stream. Prints Markdown tables: the figure (%) of every method on every model, with its 95 % t interval
+over the seeds; the same minus that of `--baseline`, paired by seed; and, where there are arms of `abl`, minus the same
+method without. `--plot` draws the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.adaptation_choice import arms_by_settings, settings_of
+from benchmarks.quantization_choice import arms_by_flags, flags_of
+from benchmarks.quantization_result import text
+from ttaq.errors import CheckpointError
+from ttaq.eval.plot_style import clean, legend, save, style
+from ttaq.eval.rows import read_rows
+from ttaq.eval.stream import differing_flags
+from ttaq.eval.student_t import t_interval
+
+BASE = "batch_affine_keep_1"  # what the arms of quantization.toml change
+TTAQ = "distillation"
+OFF = "off"
+
+Line = tuple[str, str]
+"""Method and arm of `abl`."""
+Cells = dict[tuple[str, Line], dict[int, float]]
+"""By model and line: the figure of each seed."""
+
+
+def cells_of(rows: list[dict[str, Any]], figure: str) -> Cells:
+    """From the summaries: models in the order of the rows, methods in that of their first rows, without ABL first."""
+    quantized, balanced = arms_by_flags(BASE), arms_by_settings()
+    found: Cells = {}
+    summaries = [row for row in rows if row["kind"] == "summary"]
+    for row in summaries:
+        if flags := differing_flags(summaries[0]["stream"], row["stream"]):
+            raise CheckpointError(f"rows of different streams: {'; '.join(flags)}; give each stream a call of its own")
+        model = row["scheme"]
+        if row["quantization"]:
+            arm = quantized[flags_of(row["quantization"])]
+            model += f" {'ttaq' if arm == TTAQ else arm}"
+        unguarded = row["counters"].get("updates") and "guards" not in row
+        line = row["method"] + (", no guards" if unguarded else ""), balanced[settings_of(row["options"])]
+        seeds = found.setdefault((model, line), {})
+        if seeds.setdefault(row["seed"], row[figure]) != row[figure]:
+            raise CheckpointError(f"two results for {model}, {', '.join(line)}, seed {row['seed']}: remove one")
+    methods, arms = list(dict.fromkeys(line[0] for _, line in found)), list(balanced.values())
+    return dict(sorted(found.items(), key=lambda item: (methods.index(item[0][1][0]), arms.index(item[0][1][1]))))
+
+
+def name_of(line: Line) -> str:
+    """As it stands in the tables."""
+    method, arm = line
+    return f"`{method}`" if arm == OFF else f"`{method}`, {arm}"
+
+
+def table(cells: Cells, title: str, minus: Callable[[Line], Line] | None = None) -> list[str]:
+    """Methods down and models across, or the other way round where there are more models; minus what `minus` names, if
+    it names anything else."""
+    models = list(dict.fromkeys(model for model, _ in cells))
+    lines = [line for line in dict.fromkeys(line for _, line in cells) if minus is None or minus(line) != line]
+
+    def cell(model: str, line: Line) -> str:
+        return text(cells.get((model, line)), None if minus is None else cells.get((model, minus(line)), {}))
+
+    rows = {name_of(line): {model: cell(model, line) for model in models} for line in lines}
+    if len(models) > len(lines):
+        rows = {model: {name: row[model] for name, row in rows.items()} for model in models}
+    columns = list(next(iter(rows.values())))
+    head = [f"| {title} | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
+    return head + [f"| {name} | {' | '.join(row.values())} |" for name, row in rows.items()]
+
+
+def plot(cells: Cells, title: str, path: Path) -> None:
+    """A row for each method and arm, the best on top by the mean over the models, a mark for each model."""
+    from matplotlib.figure import Figure
+
+    models = list(dict.fromkeys(model for model, _ in cells))
+    means = {key: t_interval([*seeds.values()]) for key, seeds in cells.items()}
+    lines = list(dict.fromkeys(line for _, line in cells))
+
+    def over_models(line: Line) -> float:
+        found = [means[model, line].mean for model in models if (model, line) in means]
+        return sum(found) / len(found)
+
+    lines.sort(key=over_models, reverse=True)
+    figure = Figure(figsize=(7.5, 0.3 * len(lines) + 1.6), dpi=130, layout="constrained")
+    panel = figure.subplots()
+    clean(panel)
+    for number, model in enumerate(models):
+        own = [(place, means[model, line]) for place, line in enumerate(lines) if (model, line) in means]
+        panel.errorbar(
+            [interval.mean for _, interval in own],
+            [place + 0.5 * ((number + 0.5) / len(models) - 0.5) for place, _ in own],
+            xerr=[interval.half or 0.0 for _, interval in own],
+            linestyle="none",
+            capsize=2,
+            label=model,
+            **style(number),
+        )
+    panel.set_yticks(range(len(lines)), [name_of(line).replace("`", "") for line in lines])
+    panel.set_xlabel(title)
+    legend(figure, *panel.get_legend_handles_labels())
+    save(figure, path, "adaptation_result")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the rows and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path, nargs="+")
+    parser.add_argument("--figure", choices=("error", "class_error", "ece"), default="error")
+    parser.add_argument("--baseline", default="norm", help="method that the others are compared with")
+    parser.add_argument("--plot", type=Path, help="file to draw the figure to")
+    args = parser.parse_args(arguments)
+    cells = cells_of([row for path in args.rows for row in read_rows(path)], args.figure)
+    title = {"error": "error, %", "class_error": "mean error of the classes, %", "ece": "ECE, %"}[args.figure]
+    tables = [table(cells, title)]
+    without = {key: seeds for key, seeds in cells.items() if key[1][1] == OFF}
+    if len({line for _, line in without}) > 1 and (args.baseline, OFF) in {line for _, line in without}:
+        tables.append(table(without, f"minus `{args.baseline}`", lambda _: (args.baseline, OFF)))
+    if len(without) < len(cells):
+        tables.append(table(cells, "minus the same without ABL", lambda line: (line[0], OFF)))
+    print("\n\n".join("\n".join(each) for each in tables))
+    if args.plot is not None:
+        plot(cells, title, args.plot)
+
+
+if __name__ == "__main__":
+    main()
