@@ -19,25 +19,33 @@ _SAMPLES = 65_534  # values kept of a tensor, beside its smallest and its larges
 
 
 class _Samples:
-    """A random share of the values of one tensor, batch by batch, and the ends of its range."""
+    """A random share of the values of one tensor, batch by batch, and the ends of its range.
 
-    def __init__(self, generator: torch.Generator) -> None:
+    Room for them is made before the first batch: a little memory that is kept between tensors that come and go would
+    split what they leave behind, and each batch would take new memory.
+    """
+
+    def __init__(self, generator: torch.Generator, device: torch.device) -> None:
         self.generator = generator
         self.wanted = 0  # of the next batch
-        self.ends: list[Tensor] = []
-        self.parts: list[Tensor] = []
+        self.kept = torch.empty(_SAMPLES, device=device)
+        self.ends = torch.tensor([torch.inf, -torch.inf], device=device)
+        self.count = 0
 
     def add(self, x: Tensor) -> None:
         values = x.detach().flatten().float()
-        self.ends += values.aminmax()
+        least, most = values.aminmax()
+        torch.minimum(self.ends[0], least, out=self.ends[0])
+        torch.maximum(self.ends[1], most, out=self.ends[1])
         if values.numel() > self.wanted:
             # Drawn, not strided: a stride may fall into step with the rows of an image.
             chosen = torch.randint(values.numel(), (self.wanted,), generator=self.generator)
             values = values[chosen.to(values.device)]
-        self.parts.append(values)
+        self.kept[self.count : self.count + len(values)] = values
+        self.count += len(values)
 
     def values(self) -> Tensor:
-        return torch.cat([*self.parts, *(end[None] for end in torch.stack(self.ends).aminmax())])
+        return torch.cat([self.kept[: self.count], self.ends])
 
 
 def observe(
@@ -58,7 +66,7 @@ def observe(
     images = images[torch.randperm(len(images), generator=generator)[:_IMAGES].to(images.device)]
     own = next(tensor for tensor in model.parameters() if tensor.is_floating_point())
     quantizers = activation_quantizers(model)
-    samples = {name: _Samples(generator) for name in quantizers}
+    samples = {name: _Samples(generator, own.device) for name in quantizers}
     with torch.no_grad(), _listening(quantizers, samples):
         for batch in torch.split(images, batch_size):
             for sample in samples.values():
