@@ -19,7 +19,7 @@ demo: $(VENV)/.demo
 	$(BIN)/ttaq demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: lint types test
 

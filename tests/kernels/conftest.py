@@ -1,8 +1,9 @@
 """Runs the kernels in three worlds: interpreted, compiled ahead of time for GPUs that are not there, and on a GPU.
 
 Triton decides at import whether it interprets, and compiling without a GPU replaces its driver for the whole process.
-So the tests marked `interpreter` and `aot` run in one process each, started when the first of them is due; this process
-lists them and reports their results. To debug one right here, set `TTAQ_KERNEL_TESTS=interpreter TRITON_INTERPRET=1`.
+So the tests marked `interpreter` and `aot` run in processes of their own, one for each file and mark, started when the
+first of its tests is due; this process lists them and reports their results. To debug one right here, set
+`TTAQ_KERNEL_TESTS=interpreter TRITON_INTERPRET=1`.
 """
 
 import functools
@@ -61,7 +62,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     world = _world(pyfuncitem)
     if world is None or os.environ.get(_WORLD) == world:
         return None
-    results, ending = _run_world(pyfuncitem.session, world)
+    results, ending = _run_world(pyfuncitem.session, world, pyfuncitem.path)
     outcome, text = results.get(
         pyfuncitem.nodeid, ("failed", f"the {world} process stopped before this test: {ending}")
     )
@@ -73,9 +74,10 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 
 @functools.cache
-def _run_world(session: pytest.Session, world: str) -> tuple[dict[str, tuple[str, str]], str]:
-    """Outcome and text of each test of this run that belongs to `world`, and how its process ended."""
-    tests = [item.nodeid for item in session.items if _world(item) == world]
+def _run_world(session: pytest.Session, world: str, path: Path) -> tuple[dict[str, tuple[str, str]], str]:
+    """Outcome and text of each test of this run that is in the file `path` and belongs to `world`, and how its process
+    ended. A process per file: files may be tested by several processes at once."""
+    tests = [item.nodeid for item in session.items if _world(item) == world and item.path == path]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "results")
         cache = os.environ.get("TRITON_CACHE_DIR", folder)
