@@ -15,16 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.adaptation_choice import arms_by_settings, settings_of
-from benchmarks.quantization_choice import arms_by_flags, flags_of
-from benchmarks.quantization_result import text
+from benchmarks.quantization_choice import BASE, arms_by_flags, flags_of
+from benchmarks.quantization_result import TTAQ, text
 from ttaq.errors import CheckpointError
 from ttaq.eval.plot_style import clean, legend, save, style
 from ttaq.eval.rows import read_rows
 from ttaq.eval.stream import differing_flags
 from ttaq.eval.student_t import t_interval
 
-BASE = "batch_affine_keep_1"  # what the arms of quantization.toml change
-TTAQ = "distillation"
 OFF = "off"
 
 Line = tuple[str, str]
@@ -38,6 +36,8 @@ def cells_of(rows: list[dict[str, Any]], figure: str) -> Cells:
     quantized, balanced = arms_by_flags(BASE), arms_by_settings()
     found: Cells = {}
     summaries = [row for row in rows if row["kind"] == "summary"]
+    if not summaries:
+        raise CheckpointError("the rows hold no finished stream; run benchmarks.adaptation to the end of one first")
     for row in summaries:
         if flags := differing_flags(summaries[0]["stream"], row["stream"]):
             raise CheckpointError(f"rows of different streams: {'; '.join(flags)}; give each stream a call of its own")

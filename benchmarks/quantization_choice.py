@@ -21,6 +21,8 @@ from ttaq.ptq.entry import settings_of
 
 SCHEMES = ("W2A4", "W2A2", "W3A3")
 METHODS = ("norm", "tent")
+BASE = "batch_affine_keep_1"
+"""What the arms of `parts` change, by step 1 of the rule."""
 _NOT_OF_THE_ARM = {"calibration", "iterations", "rounding_penalty", "scale_lr", "search", "weight_lr"}
 
 Cells = dict[tuple[str, int], float]
@@ -92,7 +94,7 @@ def main() -> None:
     """Read the rows and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path)
-    parser.add_argument("--base", default="batch_affine_keep_1", help="what `parts` change")
+    parser.add_argument("--base", default=BASE, help="what `parts` change")
     args = parser.parse_args()
     cells = cells_by_arm(read_rows(args.rows), args.base)
     parts = tomllib.loads(PLAN.read_text())["parts"]

@@ -14,11 +14,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quantization_choice import arms_by_flags, flags_of
+from benchmarks.quantization_choice import BASE, arms_by_flags, flags_of
 from ttaq.eval.plot_style import clean, legend, save, style
 from ttaq.eval.rows import read_rows
 from ttaq.eval.student_t import t_interval
 
+TTAQ = "distillation"
+"""The arm that became TTAQ."""
 Errors = dict[tuple[str, str, str], dict[int, float]]
 """By scheme, arm and method: the error of each seed."""
 
@@ -37,12 +39,12 @@ def errors_of(rows: list[dict[str, Any]], base: str) -> Errors:
             seeds = found.setdefault((row["scheme"], arm, row["method"]), {})
             if seeds.setdefault(row["seed"], row["error"]) != row["error"]:
                 raise SystemExit(f"two results for {row['scheme']}, {arm}, {row['method']}, seed {row['seed']}")
-    order = {arm: place for place, arm in enumerate(names.values())}
+    places = list(names.values())
 
     def place(key: tuple[str, str, str]) -> tuple[Any, ...]:
         scheme, arm, method = key
-        name, _, rest = arm.partition(", ")
-        return scheme != "float", order[name], int(rest.removesuffix(" steps") or 0), method
+        name, *count = re.split(", | steps", arm)
+        return scheme != "float", places.index(name), int(count[0]) if count else 0, method
 
     return {key: found[key] for key in sorted(found, key=place)}
 
@@ -110,9 +112,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Read the rows and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, nargs="+")
-    parser.add_argument("--base", default="batch_affine_keep_1", help="what `parts` change")
+    parser.add_argument("--base", default=BASE, help="what `parts` change")
     parser.add_argument("--arms", help="some of them, separated by commas")
-    parser.add_argument("--claim", default="distillation", help="the arm that is TTAQ")
+    parser.add_argument("--claim", default=TTAQ, help="the arm that is TTAQ")
     parser.add_argument("--against", default="qdrop")
     parser.add_argument("--plot", type=Path, help="file to draw the errors to")
     args = parser.parse_args(arguments)

@@ -225,5 +225,7 @@ def test_rows_of_adaptation_that_do_not_belong_together_are_refused() -> None:
     with pytest.raises(CheckpointError, match="two results for float, norm, off, seed 0"):
         adaptation_result.cells_of([*rows, *rows_of_adaptation("norm", [21.0])], "error")
     other = rows[0] | {"stream": str(Stream(dataset="digits", delta=0.1))}
+    with pytest.raises(CheckpointError, match="no finished stream"):
+        adaptation_result.cells_of([], "error")
     with pytest.raises(CheckpointError, match="different streams"):
         adaptation_result.cells_of([*rows, other], "error")
