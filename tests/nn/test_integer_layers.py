@@ -94,6 +94,23 @@ def test_short_types_carry_the_codes(dtype: torch.dtype) -> None:
         assert torch.equal(layer(x.to(dtype), scale), expected(layer, codes, scale).to(dtype))
 
 
+def test_the_gradient_of_the_input_has_its_layout_and_bits_with_a_frozen_weight() -> None:
+    draw(4)
+    layer = QuantConv2d(6, 8, 3, padding=1)
+    layer.calibrate_weight()
+    x, _, scale = random_grid_input((4, 6, 9, 9), 4, 0.1)
+    x = x.to(memory_format=torch.channels_last)
+    gradients = []
+    for frozen in (False, True):
+        layer.requires_grad_(not frozen)
+        moved = x.detach().requires_grad_()
+        y = layer(moved, scale)
+        wanted = torch.linspace(-1, 1, y.numel()).view_as(y).to(memory_format=torch.channels_last)
+        gradients += torch.autograd.grad(y, moved, wanted)
+    assert gradients[0].stride() == gradients[1].stride() == x.stride()
+    assert torch.equal(*gradients)
+
+
 def test_uncalibrated_is_the_float_layer() -> None:
     draw(2)
     for layer, x in ((QuantConv2d(3, 4, 3), torch.randn(2, 3, 6, 6)), (QuantLinear(5, 4), torch.randn(2, 5))):

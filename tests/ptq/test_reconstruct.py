@@ -124,6 +124,7 @@ def test_distillation_brings_the_predictions_nearer_and_moves_the_norms_alone(na
     for (key, before), after in zip(plain.state_dict().items(), distilled.state_dict().values(), strict=True):
         assert torch.equal(before, after) == (key not in norms), key
     assert all(parameter.grad is None for parameter in distilled.parameters())
+    assert [p.requires_grad for p in distilled.parameters()] == [p.requires_grad for p in plain.parameters()]
     assert same(distilled, short(name=name, settings=settings))
     assert not same(distilled, short(name=name, settings=settings, seed=1))
 

@@ -29,6 +29,9 @@ class _Convolution:
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
+        if grad.is_contiguous(memory_format=torch.channels_last):
+            # An input that was not kept has no layout; that of the weight decides about the gradient's then.
+            weight = weight.contiguous(memory_format=torch.channels_last)
         geometry = (self.stride, self.padding, self.dilation, False, [0, 0], self.groups)
         dx, dweight, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, [*needs, False])
         return dx, dweight

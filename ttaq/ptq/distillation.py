@@ -39,10 +39,12 @@ def distil(
     Source: Hinton et al., arXiv 1503.02531, section 2.
     """
     parameters = list(norm_affine(model, "quantize").values())
-    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    learned_before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     device, generator = parameters[0].device, torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(parameters, lr=settings.distillation_lr, fused=True)
     steps, temperature = settings.distillation, settings.temperature
+    # Layers on a grid compute the gradient of every weight that asks for one, wanted here or not.
+    model.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_()
     try:
@@ -65,5 +67,5 @@ def distil(
     finally:
         for parameter in parameters:
             parameter.grad = None
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+        for parameter, learned in learned_before.items():
+            parameter.requires_grad_(learned)
