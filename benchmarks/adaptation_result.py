@@ -1,10 +1,11 @@
 """What the rows of `benchmarks.adaptation` say: methods against one another, and each with ABL against itself without.
 
-    python -m benchmarks.adaptation_result ROWS... [--figure error|class_error|ece] [--baseline norm] [--plot FILE]
+    python -m benchmarks.adaptation_result ROWS... [--figure error|class_error|ece] [--clean] [--plot FILE]
 
-Rows of one stream. Prints Markdown tables: the figure (%) of every method on every model, with its 95 % t interval
-over the seeds; the same minus that of `--baseline`, paired by seed; and, where there are arms of `abl`, minus the same
-method without. `--plot` draws the first.
+Rows of one stream. Prints Markdown tables: the figure (%) of every method on every model, a mean over the corrupted
+domains of the finished streams (with `--clean` over the clean ones instead), with its 95 % t interval over the seeds;
+the same minus that of `--baseline`, paired by seed; and, where there are arms of `abl`, minus the same method without.
+`--plot` draws the first.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from benchmarks.adaptation_choice import arms_by_settings, settings_of
@@ -20,7 +22,7 @@ from benchmarks.quantization_result import TTAQ, text
 from ttaq.errors import CheckpointError
 from ttaq.eval.plot_style import clean, legend, save, style
 from ttaq.eval.rows import read_rows
-from ttaq.eval.stream import differing_flags
+from ttaq.eval.stream import CLEAN, differing_flags
 from ttaq.eval.student_t import t_interval
 
 OFF = "off"
@@ -31,25 +33,37 @@ Cells = dict[tuple[str, Line], dict[int, float]]
 """By model and line: the figure of each seed."""
 
 
-def cells_of(rows: list[dict[str, Any]], figure: str) -> Cells:
-    """From the summaries: models in the order of the rows, methods in that of their first rows, without ABL first."""
+def cells_of(rows: list[dict[str, Any]], figure: str, of_clean: bool = False) -> Cells:
+    """Of finished streams: models in the order of the rows, methods in that of their first rows, without ABL first."""
     quantized, balanced = arms_by_flags(BASE), arms_by_settings()
-    found: Cells = {}
-    summaries = [row for row in rows if row["kind"] == "summary"]
-    if not summaries:
-        raise CheckpointError("the rows hold no finished stream; run benchmarks.adaptation to the end of one first")
-    for row in summaries:
-        if flags := differing_flags(summaries[0]["stream"], row["stream"]):
-            raise CheckpointError(f"rows of different streams: {'; '.join(flags)}; give each stream a call of its own")
+
+    def place(row: dict[str, Any]) -> tuple[str, Line, int]:
         model = row["scheme"]
         if row["quantization"]:
             arm = quantized[flags_of(row["quantization"])]
             model += f" {'ttaq' if arm == TTAQ else arm}"
         unguarded = row["counters"].get("updates") and "guards" not in row
-        line = row["method"] + (", no guards" if unguarded else ""), balanced[settings_of(row["options"])]
-        seeds = found.setdefault((model, line), {})
-        if seeds.setdefault(row["seed"], row[figure]) != row[figure]:
-            raise CheckpointError(f"two results for {model}, {', '.join(line)}, seed {row['seed']}: remove one")
+        method = row["method"] + (", no guards" if unguarded else "")
+        return model, (method, balanced[settings_of(row["options"])]), row["seed"]
+
+    summaries = [row for row in rows if row["kind"] == "summary"]
+    if not summaries:
+        raise CheckpointError("the rows hold no finished stream; run benchmarks.adaptation to the end of one first")
+    domains: dict[tuple[str, Line, int], dict[int, float]] = {place(row): {} for row in summaries}
+    for row in rows:
+        if flags := differing_flags(summaries[0]["stream"], row["stream"]):
+            raise CheckpointError(f"rows of different streams: {'; '.join(flags)}; give each stream a call of its own")
+        key = place(row)
+        if row["kind"] != "domain" or key not in domains or (row["domain"] == CLEAN) != of_clean:
+            continue
+        if domains[key].setdefault(row["index"], row[figure]) != row[figure]:
+            model, line, seed = key
+            raise CheckpointError(f"two results for {model}, {', '.join(line)}, seed {seed}: remove one")
+    if not all(domains.values()):
+        raise CheckpointError(f"the streams have no {'clean' if of_clean else 'corrupted'} domain")
+    found: Cells = {}
+    for (model, line, seed), values in domains.items():
+        found.setdefault((model, line), {})[seed] = mean(values.values())
     methods, arms = list(dict.fromkeys(line[0] for _, line in found)), list(balanced.values())
     return dict(sorted(found.items(), key=lambda item: (methods.index(item[0][1][0]), arms.index(item[0][1][1]))))
 
@@ -116,10 +130,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("rows", type=Path, nargs="+")
     parser.add_argument("--figure", choices=("error", "class_error", "ece"), default="error")
     parser.add_argument("--baseline", default="norm", help="method that the others are compared with")
+    parser.add_argument("--clean", action="store_true", help="of the clean domains instead of the corrupted ones")
     parser.add_argument("--plot", type=Path, help="file to draw the figure to")
     args = parser.parse_args(arguments)
-    cells = cells_of([row for path in args.rows for row in read_rows(path)], args.figure)
+    cells = cells_of([row for path in args.rows for row in read_rows(path)], args.figure, args.clean)
     title = {"error": "error, %", "class_error": "mean error of the classes, %", "ece": "ECE, %"}[args.figure]
+    title = f"clean {title}" if args.clean else title
     tables = [table(cells, title)]
     without = {key: seeds for key, seeds in cells.items() if key[1][1] == OFF}
     if len({line for _, line in without}) > 1 and (args.baseline, OFF) in {line for _, line in without}:

@@ -170,12 +170,16 @@ def test_the_rule_of_adaptation() -> None:
 def rows_of_adaptation(
     method: str, errors: list[float], quantized: str | None = None, **own: Any
 ) -> list[dict[str, Any]]:
-    row = {"kind": "summary", "method": method, "options": {}, "counters": {"updates": 0}, "quantization": quantized}
+    row = {"method": method, "options": {}, "counters": {"updates": 0}, "quantization": quantized}
     row |= {"scheme": "W4A4" if quantized else "float"} | own
-    return [
-        row | {"seed": seed, "error": error, "stream": str(Stream(dataset="digits", seed=seed))}
-        for seed, error in enumerate(errors)
-    ]
+    found = []
+    for seed, error in enumerate(errors):
+        own_stream = row | {"seed": seed, "stream": str(Stream(dataset="digits", seed=seed))}
+        domains = (("snow@5", error - 1), ("fog@5", error + 1), ("clean", error / 10))
+        for index, (domain, of_domain) in enumerate(domains):
+            found.append(own_stream | {"kind": "domain", "domain": domain, "index": index, "error": of_domain})
+        found.append(own_stream | {"kind": "summary", "error": 0.7 * error})
+    return found
 
 
 def test_the_tables_of_adaptation_are_paired_by_seed(tables: Any) -> None:
@@ -202,6 +206,8 @@ def test_the_tables_of_adaptation_are_paired_by_seed(tables: Any) -> None:
         "| float | +0.50 ± 12.71 (n = 2) |",
         "| W4A4 ttaq | not run |",
     ]
+    found = adaptation_result.cells_of(rows, "error", of_clean=True)
+    assert found["float", ("tent", "off")] == {0: 1.9, 1: 2.2}
     across = tables(rows_of_adaptation("norm", [1.0]) + rows_of_adaptation("norm", [2.0], ttaq))
     assert across == ["| error, % | `norm` |", "|---|---:|", "| float | 1.00 (n = 1) |", "| W4A4 ttaq | 2.00 (n = 1) |"]
 
@@ -226,6 +232,8 @@ def test_rows_of_adaptation_that_do_not_belong_together_are_refused() -> None:
         adaptation_result.cells_of([*rows, *rows_of_adaptation("norm", [21.0])], "error")
     other = rows[0] | {"stream": str(Stream(dataset="digits", delta=0.1))}
     with pytest.raises(CheckpointError, match="no finished stream"):
-        adaptation_result.cells_of([], "error")
+        adaptation_result.cells_of(rows[:-1], "error")
+    with pytest.raises(CheckpointError, match="no clean domain"):
+        adaptation_result.cells_of([row for row in rows if row.get("domain") != "clean"], "error", of_clean=True)
     with pytest.raises(CheckpointError, match="different streams"):
         adaptation_result.cells_of([*rows, other], "error")

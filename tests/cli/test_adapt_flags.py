@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from ttaq.cli import main
+from ttaq.data.corruptions import VALIDATION_CORRUPTIONS
 from ttaq.eval import read_rows
 from ttaq.eval.stream import parse_description
 
@@ -85,6 +86,13 @@ def test_without_resumption_nothing_is_run_where_a_row_is(
     assert rows.read_bytes() == before
     assert adapt(files, rows, "--methods", "source,norm,tent") == 0
     assert [row["method"] for row in read_rows(rows) if row["kind"] == "domain"] == ["tent", "source", "norm"]
+
+
+def test_sets_of_corruptions_stand_among_names(files: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    assert adapt(files, rows, "--methods", "source", "--corruptions", "validation,clean") == 0
+    found = [row["domain"].split("@")[0] for row in read_rows(rows) if row["kind"] == "domain"]
+    assert found == [*VALIDATION_CORRUPTIONS, "clean"]
 
 
 def long_domain(files: Path, rows: Path) -> list[str]:

@@ -53,6 +53,7 @@ USAGE = [
     ("report", "required: ROWS"),
     ("convert x --out y --architecture alexnet", "invalid choice: 'alexnet'"),
     ("convert x --out y --architecture cifar_resnet8 --mean 1,2", "three numbers"),
+    (ADAPT + " --corruptions fog,all", "expected different names separated by commas"),
 ]
 ERRORS = [
     (ADAPT + " --dataset cifar10 --data {tmp}/absent", "absent"),

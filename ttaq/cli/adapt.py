@@ -15,7 +15,7 @@ from ttaq.cli.adapt_flags import add_arguments
 from ttaq.cli.arguments import check_output, method_options, set_up_torch
 from ttaq.cli.models import Loaded, load
 from ttaq.cli.progress import ProgressLine
-from ttaq.data.corruptions import CORRUPTIONS, VALIDATION_CORRUPTIONS, frost_source
+from ttaq.data.corruptions import frost_source
 from ttaq.errors import InputError
 from ttaq.eval import Domains, RowFile, Stream, run
 from ttaq.eval.batch_size import Need, choose_batch_size, measure_need
@@ -158,10 +158,9 @@ def _frost(args: argparse.Namespace) -> Path | None:
 
 
 def _stream(args: argparse.Namespace, seed: int, frost: Path | None, preprocessing: str) -> Stream:
-    sets = {("all",): CORRUPTIONS, ("validation",): VALIDATION_CORRUPTIONS}
     return Stream(
         dataset=args.dataset,
-        corruptions=tuple(sets.get(tuple(args.corruptions), args.corruptions)),
+        corruptions=tuple(args.corruptions),
         severity=args.severity,
         images=args.images,
         split=args.split,

@@ -10,6 +10,7 @@ from ttaq.cli.arguments import (
     add_device,
     add_preprocessing,
     at_least_one,
+    corruptions,
     integers,
     names,
     positive,
@@ -45,9 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--severity", type=int, choices=range(1, 6), default=5, help="strength of the corruptions")
     parser.add_argument(
         "--corruptions",
-        type=names,
+        type=corruptions,
         default="all",
-        help="all (the 15), validation (the four held-out ones), or names; clean stands for none",
+        help="names, among which all stands for the 15, validation for the four held-out ones and clean for none",
     )
     parser.add_argument(
         "--images", type=at_least_one, metavar="N", help="images per domain; without it the whole split"

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ttaq.data.corruptions import CORRUPTIONS, VALIDATION_CORRUPTIONS
 from ttaq.data.decode import PREPROCESSINGS
 from ttaq.errors import DataError, InputError
 from ttaq.eval.datasets import DATASETS
@@ -21,6 +22,7 @@ __all__ = [
     "add_preprocessing",
     "at_least_one",
     "check_output",
+    "corruptions",
     "integers",
     "method_options",
     "names",
@@ -79,6 +81,12 @@ def names(text: str) -> list[str]:
     if not parts or len(set(parts)) != len(parts):
         raise argparse.ArgumentTypeError(f"expected different names separated by commas, got {text!r}")
     return parts
+
+
+def corruptions(text: str) -> list[str]:
+    """Names of corruptions as `names`, in which `all` and `validation` stand for the 15 and the four held-out ones."""
+    sets = {"all": CORRUPTIONS, "validation": VALIDATION_CORRUPTIONS}
+    return names(",".join(name for given in names(text) for name in sets.get(given, (given,))))
 
 
 def integers(text: str) -> list[int]:

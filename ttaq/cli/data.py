@@ -7,12 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ttaq.cli.arguments import add_preprocessing, at_least_one, integers, names
+from ttaq.cli.arguments import add_preprocessing, at_least_one, corruptions, integers
 from ttaq.cli.progress import ProgressLine
 from ttaq.data import ImageFolder, cifar_split, imagenet_split, open_image_folder, read_cifar10, read_cifar100
 from ttaq.data.corrupted_sets import Noise, Written, write_cifar_c, write_imagenet_c
 from ttaq.data.corrupted_sets_jobs import FORMATS
-from ttaq.data.corruptions import CORRUPTIONS, VALIDATION_CORRUPTIONS
 from ttaq.data.corruptions.parameters import SEVERITIES
 from ttaq.data.splits import SPLITS
 from ttaq.errors import DataError, InputError
@@ -47,7 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, required=True, metavar="DIR", help="gets the folder CIFAR-10-C, CIFAR-100-C or ImageNet-C"
     )
     parser.add_argument(
-        "--corruptions", type=names, default="all", help="all (the 15), validation (the four held-out ones), or names"
+        "--corruptions",
+        type=corruptions,
+        default="all",
+        help="names, among which all stands for the 15 and validation for the four held-out ones",
     )
     parser.add_argument(
         "--severities", type=integers, default="1,2,3,4,5", help="of 1 to 5; the layout of CIFAR has all five"
@@ -73,8 +75,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> None:
     """Run the command."""
-    sets = {("all",): CORRUPTIONS, ("validation",): VALIDATION_CORRUPTIONS}
-    args.corruptions = list(sets.get(tuple(args.corruptions), args.corruptions))
     if args.data is None:
         raise DataError(f"--data: {args.dataset} needs a folder of clean images; name one, or set TTAQ_DATA")
     data = Path(args.data)
