@@ -170,16 +170,57 @@ def test_refuses_options_out_of_range(options: dict[str, Any], message: str) -> 
         build("tent", batch_norm_net(), **options)
 
 
-@pytest.mark.parametrize("name", ENTROPY_LIKE)
-def test_the_answer_follows_the_classes_of_the_batch_and_learning_does_not_see_it(name: str) -> None:
-    options = OPTIONS.get(name, {})
-    plain = build(name, batch_norm_net(), **options, abl="frequency")
-    follows = build(name, batch_norm_net(), **options, abl="frequency", abl_answer=2.0)
-    for x in stream():
-        z = plain(x)
-        expected = z + 2.0 * z.softmax(1).mean(0).log()
-        torch.testing.assert_close(follows.predict(x), expected)
-        torch.testing.assert_close(follows(x), expected)
+def burst(images: int = 8) -> torch.Tensor:
+    """Logits of which all but one say class 0."""
+    z = torch.zeros(images, 2)
+    z[:, 0] = math.log(3.0)
+    z[-1] = -z[-1]
+    return z
+
+
+def test_the_answer_follows_a_batch_that_is_not_like_the_stream() -> None:
+    z, own = burst(), Balance(2, prior="soft", loss="soft", weight=1.0, momentum=0.5, answer=2.0)
+    # v = (7 * 3 + 1) / 32 = 11 / 16; chi2 = 8 * 2 * (3 / 16)^2 / (1 / 2) = 9 / 8; s = 1 / 9
+    lift = torch.tensor([(8 * 11 / 16 + 0.5) / 4.5, (8 * 5 / 16 + 0.5) / 4.5]).log()
+    torch.testing.assert_close(own.answered(z), z + 2.0 / 9 * lift)
+    own.observe(z, burst(), None)
+    torch.testing.assert_close(own.shares, torch.tensor([0.5 + 11 / 16, 0.5 + 5 / 16]) / 2)
+
+
+def test_the_answer_stays_where_the_batch_is_like_the_stream() -> None:
+    own = Balance(2, prior="frequency", loss="soft", weight=1.0, momentum=0.0, answer=4.0)
+    assert torch.equal(own.answered(LOGITS[:1]), LOGITS[:1])
+    own.observe(burst(), None, None)
+    assert torch.equal(own.answered(burst()), burst())
+
+
+def test_the_answer_follows_no_batch_whose_shares_are_a_fair_draw() -> None:
+    """Of 1,000 draws from the stream few are answered otherwise, and by little."""
+    draw = torch.Generator().manual_seed(0)
+    own = Balance(5, prior="frequency", loss="soft", weight=1.0, momentum=0.9, answer=1.0)
+    moved = []
+    for _ in range(1000):
+        z = 8.0 * torch.nn.functional.one_hot(torch.randint(5, (100,), generator=draw), 5)
+        moved.append(float((own.answered(z) - z).abs().max()))
+        own.observe(z, None, None)
+    assert sum(moved) / len(moved) < 0.2
+    one = 8.0 * torch.nn.functional.one_hot(torch.full((100,), 3), 5)
+    assert float((own.answered(one) - one)[0, 3]) > 1.2  # ln 5 = 1.6
+
+
+@pytest.mark.parametrize("name", [*ENTROPY_LIKE, "delta", "rmt", "rotta", "cotta"])
+def test_learning_does_not_see_what_is_answered(name: str) -> None:
+    options = OPTIONS.get(name, {}) | {"source_images": torch.cat(stream(2))}
+    net = batch_norm_net()
+    net[-1].bias.data[0] = 3.0
+    plain = build(name, net, **options, abl="frequency")
+    follows = build(name, net, **options, abl="frequency", abl_answer=30.0)
+    followed = []
+    for x in stream(batch=16):
+        z, before = plain(x), follows.predict(x)
+        assert_same(before, follows(x))
+        followed.append(not torch.equal(z, before))
+    assert any(followed)
     assert_same(plain.state_dict()["adapted"], follows.state_dict()["adapted"])
 
 

@@ -15,10 +15,18 @@ entropy would cause, g_ic = -p_ic (ln p_ic + H_i) / B::
     r_c         =  1 ("frequency"),  Phi_c / mean Phi ("gradient"),  min Phi / Phi_c ("inverse"),
                    and "soft": frequency from p, Phi a running mean with momentum m, r = Phi / mean Phi
 
-The floor keeps ln pi finite for classes that have not come yet. The answer may follow the classes of the batch, which
-is what a stream that comes in bursts rewards, with the same batch v [C] = mean_i p_i::
+The floor keeps ln pi finite for classes that have not come yet.
 
-    answer   z + a ln v                                               a = 0 leaves it; uniform v changes nothing
+The answer may follow the classes of the batch, where they are not those of the stream so far: where a stream comes in
+bursts. With the shares of the batch v = mean_i p_i, those of the stream m (a running mean of v, floored like pi), and
+one image in m's shares added to the B of the batch::
+
+    answer   z + a s ln( (B v + m) / ((B + 1) m) )                    a = 0 leaves it
+    s        = max(0, 1 - (C - 1) / chi2),      chi2 = B sum_c (v_c - m_c)^2 / m_c
+
+chi2 is about C - 1 at most where the batch is a fair draw from the stream: then s is 0, and the answer as it was. The
+shrinkage is that of James and Stein (1961) with the statistic of Pearson. Statistics of the batch take out of the
+features part of what tells the classes of the batch, so that v is flatter than they are: hence a above 1.
 
 Differs from the paper (arXiv 2412.09899, section 3.4): its numbered equations are not public, so these are readings of
 its text with the two works that it builds on, logit adjustment (Menon et al., arXiv 2007.07314) and class gradients
@@ -46,13 +54,14 @@ _FLOOR = 0.1  # of 1 / C
 
 
 class Balance(nn.Module):
-    """The prior of a stream and what it adds to a loss. State: buffers `pi` and `phi`, float32 [classes].
+    """The prior of a stream and what it adds to a loss. State: buffers `pi`, `phi`, `shares`, float32 [classes].
 
     Raises `InputError` for a prior, loss, weight or momentum that does not exist or is out of range.
     """
 
     pi: Tensor
     phi: Tensor
+    shares: Tensor
 
     def __init__(
         self, classes: int, *, prior: str, loss: str, weight: float, momentum: float, answer: float = 0.0
@@ -70,6 +79,7 @@ class Balance(nn.Module):
         self.answer = float(answer)
         self.register_buffer("pi", torch.full((classes,), 1 / classes))
         self.register_buffer("phi", torch.zeros(classes))
+        self.register_buffer("shares", torch.full((classes,), 1 / classes))
 
     @property
     def needs_features(self) -> bool:
@@ -94,12 +104,17 @@ class Balance(nn.Module):
         count = len(logits) if weights is None else weights.float().sum().clamp(min=1e-6)
         return self.weight * per_sample.sum() / count
 
+    @torch.no_grad()
     def answered(self, logits: Tensor) -> Tensor:
-        """The logits of the answer: z + a ln v."""
+        """The logits of the answer, see above."""
         if not self.answer:
             return logits
-        mean = logits.detach().float().softmax(1).mean(0)
-        return logits + (self.answer * mean.clamp(min=1e-30).log()).to(logits.dtype)
+        images, classes = logits.shape
+        batch, stream = logits.detach().float().softmax(1).mean(0), self.shares.float()
+        chi2 = images * ((batch - stream).square() / stream).sum()
+        certain = (1 - (classes - 1) / chi2.clamp(min=1e-30)).clamp(min=0)
+        lift = ((images * batch + stream) / ((images + 1) * stream)).log()
+        return logits + (self.answer * certain * lift).to(logits.dtype)
 
     @torch.no_grad()
     def observe(self, logits: Tensor, features: Tensor | None, weights: Tensor | None) -> None:
@@ -123,6 +138,7 @@ class Balance(nn.Module):
                 running_mean_(self.phi, self.phi + norms, 0.0)
             phi = self.phi.float().clamp(min=1e-30)
             ratio = phi.min() / phi if self.prior == "inverse" else phi / phi.mean()
-        running_mean_(self.pi, frequency * ratio, self.momentum)
-        floored = self.pi.clamp(min=_FLOOR / classes)
-        self.pi.copy_(floored / floored.sum())
+        for buffer, value in ((self.pi, frequency * ratio), (self.shares, p.mean(0))):
+            running_mean_(buffer, value, self.momentum)
+            floored = buffer.clamp(min=_FLOOR / classes)
+            buffer.copy_(floored / floored.sum())

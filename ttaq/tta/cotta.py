@@ -106,16 +106,17 @@ class CoTTA(NormLearner):
         """The logits of the teacher, then a step of the student, one of the teacher, and some forgetting."""
         generator = self.generator()
         taught = self._taught(x, generator)
+        answer = self.answered(taught)
         logits, features = self.see(x)
         symmetric = self.settings.loss == "imagenet"
         loss = softmax_cross_entropy(logits, taught, None, self.offset, symmetric).mean()
         self.learn(loss, logits, features)
         self.teacher.follow_(dict(self.parameters_adapted()), self.settings.teacher_momentum)
         self._forget(generator)
-        return taught
+        return answer
 
     def answer(self, x: Tensor) -> Tensor:
-        return self._taught(x, self.generator())
+        return self.answered(self._taught(x, self.generator()))
 
     @torch.no_grad()
     def _taught(self, x: Tensor, generator: torch.Generator) -> Tensor:

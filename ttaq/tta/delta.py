@@ -114,6 +114,7 @@ class DELTA(NormLearner):
     def step(self, x: Tensor) -> Tensor:
         """Logits, then one step on the weighted loss of the samples used."""
         logits, features = self.see(x)
+        answer = self.answered(logits)
         with torch.no_grad():
             p = logits.float().softmax(1)
             confidence, label = p.max(1)
@@ -135,7 +136,7 @@ class DELTA(NormLearner):
         self.learn(loss.sum() / count.clamp(min=1), logits, features, weights, when=count > 0)
         running_mean_(self.frequency, p.mean(0), self.settings.prior_momentum)
         self._move_statistics()
-        return self.answered(logits)
+        return answer
 
     def _class_weights(self, label: Tensor) -> Tensor:
         """w_i, with mean 1 over the batch."""

@@ -71,6 +71,7 @@ class ETA(NormLearner):
     def step(self, x: Tensor) -> Tensor:
         """Logits, then one step on the weighted entropy of the chosen samples."""
         logits, features = self.see(x)
+        answer = self.answered(logits)
         margin = self.settings.entropy_margin * math.log(self.classes)
         with torch.no_grad():
             p = logits.float().softmax(1)
@@ -87,7 +88,7 @@ class ETA(NormLearner):
         with torch.no_grad():
             mean = (p * chosen.unsqueeze(1)).sum(0) / count.clamp(min=1)
             running_mean_(self.mean_prediction, mean, torch.where(started, 0.9, 0.0), when=count > 0)
-        return self.answered(logits)
+        return answer
 
     def anchor(self) -> Tensor:
         """What holds the parameters where they were: nothing here."""

@@ -27,7 +27,7 @@ class NormOptions:
         decay.
     abl: None, or the prior of the adaptive balance loss (`ttaq.tta.abl`): "frequency", "gradient", "inverse" or
         "soft". abl_loss: "soft", "hard" or "offset". abl_weight: of its term, 0 for none. abl_momentum: of the prior.
-        abl_answer: how much the answer follows the classes of the batch.
+        abl_answer: how much the answer follows the classes of the batch where they are not those of the stream so far.
     """
 
     lr: float = 1e-3
@@ -45,8 +45,8 @@ class NormLearner(Adapter):
     """A method whose parameters are weight and bias of every batch, layer and group norm; all else is frozen.
 
     Batch norm runs on the statistics of the batch. A subclass names its dataclass of options in `Options`, finds them
-    in `self.settings`, registers its buffers in `prepare`, and its `step` calls `see`, then `learn`, and returns what
-    `answered` says.
+    in `self.settings`, registers its buffers in `prepare`, and its `step` calls `see`, then `answered`, whose result it
+    returns, then `learn`.
     """
 
     Options: ClassVar[type[NormOptions]] = NormOptions

@@ -132,6 +132,7 @@ class RMT(NormLearner):
         """The logits of student and teacher, then a step of each."""
         taught: Tensor = self.teacher(self.model, x)
         logits, features = self._read(x)
+        answer = self.answered(logits + taught)
         others, features_of_others = self._read(augment(x, self.generator()))
         direct = softmax_cross_entropy(logits, taught, None, self.offset, symmetric=True)
         across = softmax_cross_entropy(others, taught, None, self.offset, symmetric=True)
@@ -140,11 +141,11 @@ class RMT(NormLearner):
         watched = features.detach() if self.balance is not None and self.balance.needs_features else None
         self.learn(loss, logits, watched)
         self.teacher.follow_(self._of_the_model(dict(self.parameters_adapted())), self.settings.teacher_momentum)
-        return logits + taught
+        return answer
 
     def answer(self, x: Tensor) -> Tensor:
         taught: Tensor = self.teacher(self.model, x)
-        return self._read(x)[0] + taught
+        return self.answered(self._read(x)[0] + taught)
 
     def _contrast(self, features: Tensor, others: Tensor) -> Tensor:
         """L_c"""

@@ -84,6 +84,7 @@ class ROID(NormLearner):
     def step(self, x: Tensor) -> Tensor:
         """The corrected logits, then one step."""
         logits, features = self.see(x)
+        answer = self.answered(logits)
         p = logits.detach().float().softmax(1)
         weights = self._weights(p, softmax_entropy(logits.detach()))
         self.tally(chosen=(weights > 0).sum())
@@ -94,7 +95,7 @@ class ROID(NormLearner):
         self.learn(loss.sum() / len(x), logits, features, weights)
         self._ensemble()
         running_mean_(self.mean_prediction, p.mean(0), 0.9)
-        return self.answered(logits)
+        return answer
 
     def answered(self, logits: Tensor) -> Tensor:
         """With the correction of the prior, and what the balance of the classes makes of it."""

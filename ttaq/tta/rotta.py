@@ -195,7 +195,8 @@ class RoTTA(NormLearner):
 
     def step(self, x: Tensor) -> Tensor:
         """The logits of the teacher, then the bank and, when it is time, a step of each."""
-        logits = self.answer(x)
+        logits = self._taught(x)
+        answer = self.answered(logits)
         labels = logits.argmax(1).tolist()
         entropies = softmax_entropy(logits).tolist()
         generator = self.generator()
@@ -207,10 +208,13 @@ class RoTTA(NormLearner):
             if (seen + end) % every == 0:
                 self._learn_from_bank(generator)
             start = end
-        return logits
+        return answer
+
+    def answer(self, x: Tensor) -> Tensor:
+        return self.answered(self._taught(x))
 
     @torch.no_grad()
-    def answer(self, x: Tensor) -> Tensor:
+    def _taught(self, x: Tensor) -> Tensor:
         logits: Tensor = self.teacher(self.model, x)
         if self._classifier is not None:
             check_classes(logits, self._classifier, "RoTTA")

@@ -83,6 +83,7 @@ class SAR(NormLearner):
     def step(self, x: Tensor) -> Tensor:
         """Logits, then one sharpness-aware step."""
         logits, _ = self.see(x)
+        answer = self.answered(logits)
         margin = self.settings.entropy_margin * math.log(self.classes)
         reliable = softmax_entropy(logits.detach()) < margin
         self.tally(reliable=reliable.sum())
@@ -104,7 +105,7 @@ class SAR(NormLearner):
             self.put(here)
             raise
         self._look_back((entropy * chosen).sum() / count.clamp(min=1), count > 0)
-        return self.answered(logits)
+        return answer
 
     def _ascend(self, loss: Tensor, parameters: list[nn.Parameter]) -> None:
         """theta' = theta + radius g / (||g|| + 1e-12)"""

@@ -44,5 +44,6 @@ class Tent(NormLearner):
     def step(self, x: Tensor) -> Tensor:
         """Logits, then one step on their mean entropy."""
         logits, features = self.see(x)
+        answer = self.answered(logits)
         self.learn(softmax_entropy(logits, offset=self.offset).mean(), logits, features)
-        return self.answered(logits)
+        return answer
