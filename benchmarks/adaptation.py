@@ -4,8 +4,9 @@
     python -m benchmarks.adaptation --table abl --arms off,gradient_soft --model w4a4-0.safetensors --seeds 0 --out rows
 
 Every stream has its own file in the folder `--out`: rows of different streams are not compared. Rows that are there are
-not run again; interrupted, the same command goes on. The arms of `abl` run on the validation images and corruptions;
-`--base ARM` is what the arms of `abl.answer` add to.
+not run again; interrupted, the same command goes on. `--arms` gives the methods that learn the norms arms of `abl`, of
+any table; `--base ARM` is what those of `abl.answer` add to. The table `abl` runs on the validation images and
+corruptions.
 """
 
 from __future__ import annotations
@@ -16,18 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from ttaq.cli import main as ttaq
+from ttaq.tta import METHODS
+from ttaq.tta.norm_learner import NormLearner
 
 PLAN = Path(__file__).with_suffix(".toml")
 VALIDATION = ["--split", "validate", "--corruptions", "validation"]
 
 
 def options_of(arm: str, plan: dict[str, Any], base: str | None) -> dict[str, Any]:
-    """What an arm of `abl` sets."""
+    """What an arm of `abl` sets; `off` sets nothing, the others everything that the plan changes."""
     if arm in plan["loss"]:
-        return dict(plan["loss"][arm])
-    if arm not in plan["answer"] or base not in plan["loss"]:
+        own = plan["loss"][arm]
+        return {"abl_loss": "soft", "abl_answer": 0.0} | own if own else {}
+    if arm not in plan["answer"] or not plan["loss"].get(base):
         raise SystemExit(f"no arm is named {arm!r}, or its --base {base!r} is none of {', '.join(plan['loss'])}")
-    return {**plan["loss"][base], **plan["answer"][arm]}
+    return options_of(str(base), plan, None) | plan["answer"][arm]
 
 
 def main() -> None:
@@ -50,7 +54,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     table = plan[args.table]
     methods = args.methods.split(",") if args.methods else table.get("methods", ["tent", "eata"])
-    settings = [options_of(arm, table, args.base) for arm in args.arms.split(",")] if args.table == "abl" else [{}]
+    settings = [options_of(arm, plan["abl"], args.base) for arm in args.arms.split(",")]
     streams = {name: table["streams"][name] for name in (args.streams or ",".join(table["streams"])).split(",")}
     common = ["--dataset", args.dataset, "--threads", "1", "--seeds", args.seeds or table.get("seeds", "0,1,2")]
     common += VALIDATION if args.table == "abl" else []
@@ -59,10 +63,13 @@ def main() -> None:
     for name, flags in streams.items():
         out = ["--out", str(args.out / f"{args.table}_{name}.jsonl")]
         for arm in settings:
-            own = [f"--option={method}.{key}={value}" for method in methods for key, value in arm.items()]
+            running = [name for name in methods if not arm or issubclass(METHODS[name], NormLearner)]
+            if not running:
+                continue
+            own = [f"--option={method}.{key}={value}" for method in running for key, value in arm.items()]
             given = [f"--option={option}" for option in args.option]
-            print(name, ",".join(methods), arm, flush=True)
-            if code := ttaq(["adapt", *common, "--methods", ",".join(methods), *flags, *images, *own, *given, *out]):
+            print(name, ",".join(running), arm, flush=True)
+            if code := ttaq(["adapt", *common, "--methods", ",".join(running), *flags, *images, *own, *given, *out]):
                 raise SystemExit(code)
 
 

@@ -80,9 +80,11 @@ def figure(errors: Errors, arm: str) -> float | None:
 
 
 def chosen(errors: Errors, arms: list[str]) -> str | None:
-    """The arm with the lowest figure among those that cost little where nothing is imbalanced."""
+    """The arm with the lowest figure among those that cost little where nothing is imbalanced, and were not left after
+    the first seeds."""
+    counts = {arm: sum(len(of_stream.get(arm, {})) for of_stream in errors.values()) for arm in arms}
     figures = {}
-    for arm in arms:
+    for arm in (arm for arm in arms if counts[arm] == max(counts.values())):
         of_iid, own = change(errors, arm, "iid"), figure(errors, arm)
         if of_iid is not None and own is not None and of_iid < MOST_ON_IID:
             figures[arm] = own

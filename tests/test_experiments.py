@@ -162,6 +162,11 @@ def test_the_rule_of_adaptation() -> None:
     assert adaptation_choice.figure(errors, "gradient_soft") == -1.0
     assert adaptation_choice.figure(errors, "frequency_hard") == -5.0
     assert adaptation_choice.chosen(errors, ["gradient_soft", "frequency_hard"]) == "gradient_soft"
+    left = {"abl": "inverse"}
+    early = [row for name in ("iid", "dirichlet01", "tail") for row in rows_of_choice(name, left, [10.0])]
+    errors = adaptation_choice.errors_of([*rows, *early])
+    assert adaptation_choice.figure(errors, "inverse_soft") == -10.0
+    assert adaptation_choice.chosen(errors, ["gradient_soft", "inverse_soft"]) == "gradient_soft"
     for stream in ("iid", "dirichlet01", "tail"):
         rows += rows_of_choice(stream, good | {"abl_answer": 1.0}, [15.0])
     assert adaptation_choice.figure(adaptation_choice.errors_of(rows), "gradient_soft+answer_1") == -5.0
