@@ -85,23 +85,6 @@ def test_every_method_and_arm_of_adaptation_exists() -> None:
         assert adapter(torch.rand(2, 3, 8, 8)).shape == (2, 3)
 
 
-def test_the_table_of_the_choice_is_that_of_its_rows(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    root = quantization.PLAN.parent.parent
-    rows = root / "benchmarks" / "results" / "quantization_choose.jsonl"
-    monkeypatch.setattr("sys.argv", ["quantization_choice", str(rows)])
-    quantization_choice.main()
-    assert capsys.readouterr().out in (root / "docs" / "quantization.md").read_text()
-
-
-@pytest.mark.parametrize("rows", ["report", "resnet32", "clean steps"])
-def test_the_tables_of_the_result_are_those_of_its_rows(rows: str, capsys: pytest.CaptureFixture[str]) -> None:
-    root = quantization.PLAN.parent.parent
-    files = [str(root / "benchmarks" / "results" / f"quantization_{name}.jsonl") for name in rows.split()]
-    quantization_result.main(files)
-    table = capsys.readouterr().out
-    assert any(table in (root / "docs" / page).read_text() for page in ("quantization.md", "results.md"))
-
-
 FLAGS = {
     "float": "",
     "qdrop": "search=mse",

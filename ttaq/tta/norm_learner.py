@@ -27,7 +27,8 @@ class NormOptions:
         decay.
     abl: None, or the prior of the adaptive balance loss (`ttaq.tta.abl`): "frequency", "gradient", "inverse" or
         "soft". abl_loss: "soft", "hard" or "offset". abl_weight: of its term, 0 for none. abl_momentum: of the prior.
-        abl_answer: how much the answer follows the classes of the batch where they are not those of the stream so far.
+        abl_answer: how much the answer follows the classes of the batch where they are not those of the stream so far,
+        0 for not at all; 1 is Bayes' rule where, without batch norm, no image changes what is seen in another.
     """
 
     lr: float = 1e-3
@@ -38,7 +39,7 @@ class NormOptions:
     abl_loss: str = "soft"
     abl_weight: float = 1.0
     abl_momentum: float = 0.9
-    abl_answer: float = 0.0
+    abl_answer: float = 4.0
 
 
 class NormLearner(Adapter):
