@@ -18,11 +18,11 @@ entropy would cause, g_ic = -p_ic (ln p_ic + H_i) / B::
 The floor keeps ln pi finite for classes that have not come yet.
 
 The answer may follow the classes of the batch, where they are not those of the stream so far: where a stream comes in
-bursts. With the shares of the batch v = mean_i p_i, those of the stream m (a running mean of v, floored like pi), and
-one image in m's shares added to the B of the batch::
+bursts. With the shares of the batch v = mean_i p_i, those of the stream u (a running mean of v, floored like pi), and
+one image in u's shares added to the B of the batch::
 
-    answer   z + a s ln( (B v + m) / ((B + 1) m) )                    a = 0 leaves it
-    s        = max(0, 1 - (C - 1) / chi2),      chi2 = B sum_c (v_c - m_c)^2 / m_c
+    answer   z + a s ln( (B v + u) / ((B + 1) u) )                    a = 0 leaves it
+    s        = max(0, 1 - (C - 1) / chi2),      chi2 = B sum_c (v_c - u_c)^2 / u_c
 
 chi2 is about C - 1 at most where the batch is a fair draw from the stream: then s is 0, and the answer as it was. The
 shrinkage is that of James and Stein (1961) with the statistic of Pearson. Statistics of the batch take out of the
@@ -30,7 +30,8 @@ features part of what tells the classes of the batch, so that v is flatter than 
 
 Differs from the paper (arXiv 2412.09899, section 3.4): its numbered equations are not public, so these are readings of
 its text with the two works that it builds on, logit adjustment (Menon et al., arXiv 2007.07314) and class gradients
-(He and Zhu, arXiv 2402.18528). The entropy of q itself would push further into the frequent classes and is left out.
+(He and Zhu, arXiv 2402.18528); the answer is not in it. The entropy of q itself would push further into the frequent
+classes and is left out.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class Balance(nn.Module):
         if not self.answer:
             return logits
         images, classes = logits.shape
-        batch, stream = logits.detach().float().softmax(1).mean(0), self.shares.float()
+        batch, stream = logits.float().softmax(1).mean(0), self.shares.float()
         chi2 = images * ((batch - stream).square() / stream).sum()
         certain = (1 - (classes - 1) / chi2.clamp(min=1e-30)).clamp(min=0)
         lift = ((images * batch + stream) / ((images + 1) * stream)).log()
