@@ -4,8 +4,8 @@
 
 Rows of one stream. Prints Markdown tables: the figure (%) of every method on every model, a mean over the corrupted
 domains of the finished streams (with `--clean` over the clean ones instead), with its 95 % t interval over the seeds;
-the same minus that of `--baseline`, paired by seed; and, where there are arms of `abl`, minus the same method without.
-`--plot` draws the first.
+the same minus that of `--baseline`, paired by seed; and, where there are arms of `abl`, minus the same method without,
+and the mean of these differences over models and methods. `--plot` draws the first.
 """
 
 from __future__ import annotations
@@ -36,12 +36,15 @@ Cells = dict[tuple[str, Line], dict[int, float]]
 def cells_of(rows: list[dict[str, Any]], figure: str, of_clean: bool = False) -> Cells:
     """Of finished streams: models in the order of the rows, methods in that of their first rows, without ABL first."""
     quantized, balanced = arms_by_flags(BASE), arms_by_settings()
+    networks = {row["model"] for row in rows}
 
     def place(row: dict[str, Any]) -> tuple[str, Line, int]:
         model = row["scheme"]
         if row["quantization"]:
             arm = quantized[flags_of(row["quantization"])]
             model += f" {'ttaq' if arm == TTAQ else arm}"
+        if len(networks) > 1:
+            model = f"{row['model']} {model}"
         unguarded = row["counters"].get("updates") and "guards" not in row
         method = row["method"] + (", no guards" if unguarded else "")
         return model, (method, balanced[settings_of(row["options"])]), row["seed"]
@@ -89,6 +92,23 @@ def table(cells: Cells, title: str, minus: Callable[[Line], Line] | None = None)
     columns = list(next(iter(rows.values())))
     head = [f"| {title} | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
     return head + [f"| {name} | {' | '.join(row.values())} |" for name, row in rows.items()]
+
+
+def means_over_cells(cells: Cells) -> list[str]:
+    """What each arm changes: mean over models and methods, of the seeds that all of them have."""
+    found: dict[str, list[dict[int, float]]] = {}
+    for (model, (method, arm)), seeds in cells.items():
+        without = cells.get((model, (method, OFF)), {})
+        if arm != OFF:
+            found.setdefault(arm, []).append(
+                {seed: value - without[seed] for seed, value in seeds.items() if seed in without}
+            )
+    lines = ["| mean of these | cells | change |", "|---|---:|---:|"]
+    for arm, changes in found.items():
+        common = sorted(set.intersection(*map(set, changes)))
+        means = {seed: mean(change[seed] for change in changes) for seed in common}
+        lines.append(f"| {arm} | {len(changes)} | {text(means, dict.fromkeys(means, 0.0))} |")
+    return lines
 
 
 def plot(cells: Cells, title: str, path: Path) -> None:
@@ -142,6 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
         tables.append(table(without, f"minus `{args.baseline}`", lambda _: (args.baseline, OFF)))
     if len(without) < len(cells):
         tables.append(table(cells, "minus the same without ABL", lambda line: (line[0], OFF)))
+        tables.append(means_over_cells(cells))
     print("\n\n".join("\n".join(each) for each in tables))
     if args.plot is not None:
         plot(cells, title, args.plot)

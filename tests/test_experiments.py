@@ -159,7 +159,7 @@ def rows_of_adaptation(
     method: str, errors: list[float], quantized: str | None = None, **own: Any
 ) -> list[dict[str, Any]]:
     row = {"method": method, "options": {}, "counters": {"updates": 0}, "quantization": quantized}
-    row |= {"scheme": "W4A4" if quantized else "float"} | own
+    row |= {"model": "cifar_resnet20", "scheme": "W4A4" if quantized else "float"} | own
     found = []
     for seed, error in enumerate(errors):
         own_stream = row | {"seed": seed, "stream": str(Stream(dataset="digits", seed=seed))}
@@ -193,11 +193,22 @@ def test_the_tables_of_adaptation_are_paired_by_seed(tables: Any) -> None:
         "|---|---:|",
         "| float | +0.50 ± 12.71 (n = 2) |",
         "| W4A4 ttaq | not run |",
+        "",
+        "| mean of these | cells | change |",
+        "|---|---:|---:|",
+        "| gradient_soft | 1 | +0.50 ± 12.71 (n = 2) |",
     ]
+    rows += rows_of_adaptation("norm", [24.0], ttaq, options={"abl": "gradient"})
+    assert tables(rows)[-1] == "| gradient_soft | 2 | -0.75 (n = 1) |"
     found = adaptation_result.cells_of(rows, "error", of_clean=True)
     assert found["float", ("tent", "off")] == {0: 1.9, 1: 2.2}
     across = tables(rows_of_adaptation("norm", [1.0]) + rows_of_adaptation("norm", [2.0], ttaq))
     assert across == ["| error, % | `norm` |", "|---|---:|", "| float | 1.00 (n = 1) |", "| W4A4 ttaq | 2.00 (n = 1) |"]
+    other = rows_of_adaptation("norm", [3.0], model="deit_tiny")
+    assert tables(rows_of_adaptation("norm", [1.0]) + other)[2:] == [
+        "| cifar_resnet20 float | 1.00 (n = 1) |",
+        "| deit_tiny float | 3.00 (n = 1) |",
+    ]
 
 
 @pytest.fixture
