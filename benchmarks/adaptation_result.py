@@ -1,11 +1,12 @@
 """What the rows of `benchmarks.adaptation` say: methods against one another, and each with ABL against itself without.
 
-    python -m benchmarks.adaptation_result ROWS... [--figure error|class_error|ece] [--clean] [--plot FILE]
+    python -m benchmarks.adaptation_result ROWS... [--figure FIGURE] [--clean] [--baseline LIST] [--plot FILE]
 
-Rows of one stream. Prints Markdown tables: the figure (%) of every method on every model, a mean over the corrupted
-domains of the finished streams (with `--clean` over the clean ones instead), with its 95 % t interval over the seeds;
-the same minus that of `--baseline`, paired by seed; and, where there are arms of `abl`, minus the same method without,
-and the mean of these differences over models and methods. `--plot` draws the first.
+Rows of one stream. Prints Markdown tables: the figure (`error`, `class_error` or `ece`, %) of every method on every
+model, a mean over the corrupted domains of the finished streams (with `--clean` over the clean ones instead), with its
+95 % t interval over the seeds; the same minus that of each method of `--baseline`, paired by seed; and, where there are
+arms of `abl`, minus the same method without, and the mean of these differences over models and methods. `--plot` draws
+the first.
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, nargs="+")
     parser.add_argument("--figure", choices=("error", "class_error", "ece"), default="error")
-    parser.add_argument("--baseline", default="norm", help="method that the others are compared with")
+    parser.add_argument("--baseline", default="norm", help="methods that the others are compared with")
     parser.add_argument("--clean", action="store_true", help="of the clean domains instead of the corrupted ones")
     parser.add_argument("--plot", type=Path, help="file to draw the figure to")
     args = parser.parse_args(arguments)
@@ -158,8 +159,10 @@ def main(arguments: list[str] | None = None) -> None:
     title = f"clean {title}" if args.clean else title
     tables = [table(cells, title)]
     without = {key: seeds for key, seeds in cells.items() if key[1][1] == OFF}
-    if len({line for _, line in without}) > 1 and (args.baseline, OFF) in {line for _, line in without}:
-        tables.append(table(without, f"minus `{args.baseline}`", lambda _: (args.baseline, OFF)))
+    lines = {line for _, line in without}
+    for other in [(name, OFF) for name in args.baseline.split(",")]:
+        if len(lines) > 1 and other in lines:
+            tables.append(table(without, f"minus `{other[0]}`", lambda _, other=other: other))
     if len(without) < len(cells):
         tables.append(table(cells, "minus the same without ABL", lambda line: (line[0], OFF)))
         tables.append(means_over_cells(cells))

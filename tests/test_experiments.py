@@ -200,6 +200,12 @@ def test_the_tables_of_adaptation_are_paired_by_seed(tables: Any) -> None:
     ]
     rows += rows_of_adaptation("norm", [24.0], ttaq, options={"abl": "gradient"})
     assert tables(rows)[-1] == "| gradient_soft | 2 | -0.75 (n = 1) |"
+    several = tables(rows, "--baseline", "norm,tent")
+    assert [line[:17] for line in several if line.startswith("| minus")] == [
+        "| minus `norm` | ",
+        "| minus `tent` | ",
+        "| minus the same ",
+    ]
     found = adaptation_result.cells_of(rows, "error", of_clean=True)
     assert found["float", ("tent", "off")] == {0: 1.9, 1: 2.2}
     across = tables(rows_of_adaptation("norm", [1.0]) + rows_of_adaptation("norm", [2.0], ttaq))
@@ -215,10 +221,10 @@ def test_the_tables_of_adaptation_are_paired_by_seed(tables: Any) -> None:
 def tables(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """The lines that the command prints of rows."""
 
-    def lines(rows: list[dict[str, Any]]) -> list[str]:
+    def lines(rows: list[dict[str, Any]], *flags: str) -> list[str]:
         monkeypatch.setattr(adaptation_result, "read_rows", lambda _: rows)
         picture = tmp_path / "picture.png"
-        adaptation_result.main(["rows.jsonl", "--plot", str(picture)])
+        adaptation_result.main(["rows.jsonl", "--plot", str(picture), *flags])
         assert picture.stat().st_size > 5000
         return capsys.readouterr().out.splitlines()
 
