@@ -26,7 +26,7 @@ from ttaq.eval.rows import read_rows
 from ttaq.eval.stream import CLEAN, differing_flags
 from ttaq.eval.student_t import t_interval
 
-OFF = "off"
+OFF, BASELINE = "off", "norm"
 
 Line = tuple[str, str]
 """Method and arm of `abl`."""
@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, nargs="+")
     parser.add_argument("--figure", choices=("error", "class_error", "ece"), default="error")
-    parser.add_argument("--baseline", default="norm", help="methods that the others are compared with")
+    parser.add_argument("--baseline", help="methods that the others are compared with; norm where there is such a row")
     parser.add_argument("--clean", action="store_true", help="of the clean domains instead of the corrupted ones")
     parser.add_argument("--plot", type=Path, help="file to draw the figure to")
     args = parser.parse_args(arguments)
@@ -159,10 +159,13 @@ def main(arguments: list[str] | None = None) -> None:
     title = f"clean {title}" if args.clean else title
     tables = [table(cells, title)]
     without = {key: seeds for key, seeds in cells.items() if key[1][1] == OFF}
-    lines = {line for _, line in without}
-    for other in [(name, OFF) for name in args.baseline.split(",")]:
-        if len(lines) > 1 and other in lines:
-            tables.append(table(without, f"minus `{other[0]}`", lambda _, other=other: other))
+    methods = {method for _, (method, _) in without}
+    baselines = args.baseline.split(",") if args.baseline else [BASELINE] if BASELINE in methods else []
+    for baseline in baselines:
+        if baseline not in methods:
+            raise SystemExit(f"--baseline: no row is of {baseline!r} without ABL, only of {', '.join(sorted(methods))}")
+        if len(methods) > 1:
+            tables.append(table(without, f"minus `{baseline}`", lambda _, name=baseline: (name, OFF)))
     if len(without) < len(cells):
         tables.append(table(cells, "minus the same without ABL", lambda line: (line[0], OFF)))
         tables.append(means_over_cells(cells))

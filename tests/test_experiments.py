@@ -206,6 +206,8 @@ def test_the_tables_of_adaptation_are_paired_by_seed(tables: Any) -> None:
         "| minus `tent` | ",
         "| minus the same ",
     ]
+    with pytest.raises(SystemExit, match="no row is of 'sar' without ABL, only of norm, tent"):
+        tables(rows, "--baseline", "norm,sar")
     found = adaptation_result.cells_of(rows, "error", of_clean=True)
     assert found["float", ("tent", "off")] == {0: 1.9, 1: 2.2}
     across = tables(rows_of_adaptation("norm", [1.0]) + rows_of_adaptation("norm", [2.0], ttaq))
