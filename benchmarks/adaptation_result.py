@@ -1,12 +1,13 @@
 """What the rows of `benchmarks.adaptation` say: methods against one another, and each with ABL against itself without.
 
-    python -m benchmarks.adaptation_result ROWS... [--figure FIGURE] [--clean] [--baseline LIST] [--plot FILE]
+    python -m benchmarks.adaptation_result ROWS... [--figure FIGURE] [--clean] [--baseline LIST] [--versus ARM]
+        [--plot FILE]
 
 Rows of one stream. Prints Markdown tables: the figure (`error`, `class_error` or `ece`, %) of every method on every
 model, a mean over the corrupted domains of the finished streams (with `--clean` over the clean ones instead), with its
-95 % t interval over the seeds; the same minus that of each method of `--baseline`, paired by seed; and, where there are
-arms of `abl`, minus the same method without, and the mean of these differences over models and methods. `--plot` draws
-the first.
+95 % t interval over the seeds; the same minus that of each method of `--baseline`, paired by seed; with `--versus`,
+minus that on the model of the same scheme quantized so; and, where there are arms of `abl`, minus the same method
+without, and the mean of these differences over models and methods. `--plot` draws the first.
 """
 
 from __future__ import annotations
@@ -24,14 +25,16 @@ from ttaq.errors import CheckpointError
 from ttaq.eval.plot_style import clean, legend, save, style
 from ttaq.eval.rows import read_rows
 from ttaq.eval.stream import CLEAN, differing_flags
-from ttaq.eval.student_t import t_interval
+from ttaq.eval.student_t import Interval, t_interval
 
 OFF, BASELINE = "off", "norm"
 
 Line = tuple[str, str]
 """Method and arm of `abl`."""
-Cells = dict[tuple[str, Line], dict[int, float]]
-"""By model and line: the figure of each seed."""
+Key = tuple[str, Line]
+"""Model and line."""
+Cells = dict[Key, dict[int, float]]
+"""The figure of each seed."""
 
 
 def cells_of(rows: list[dict[str, Any]], figure: str, of_clean: bool = False) -> Cells:
@@ -78,16 +81,16 @@ def name_of(line: Line) -> str:
     return f"`{method}`" if arm == OFF else f"`{method}`, {arm}"
 
 
-def table(cells: Cells, title: str, minus: Callable[[Line], Line] | None = None) -> list[str]:
+def table(cells: Cells, title: str, minus: Callable[[Key], Key] | None = None) -> list[str]:
     """Methods down and models across, or the other way round where there are more models; minus what `minus` names, if
     it names anything else."""
-    models = list(dict.fromkeys(model for model, _ in cells))
-    lines = [line for line in dict.fromkeys(line for _, line in cells) if minus is None or minus(line) != line]
+    wanted = [key for key in cells if minus is None or minus(key) != key]
+    models, lines = list(dict.fromkeys(key[0] for key in wanted)), list(dict.fromkeys(key[1] for key in wanted))
 
-    def cell(model: str, line: Line) -> str:
-        return text(cells.get((model, line)), None if minus is None else cells.get((model, minus(line)), {}))
+    def cell(key: Key) -> str:
+        return text(cells.get(key), None if minus is None else cells.get(minus(key), {}))
 
-    rows = {name_of(line): {model: cell(model, line) for model in models} for line in lines}
+    rows = {name_of(line): {model: cell((model, line)) for model in models} for line in lines}
     if len(models) > len(lines):
         rows = {model: {name: row[model] for name, row in rows.items()} for model in models}
     columns = list(next(iter(rows.values())))
@@ -113,33 +116,34 @@ def means_over_cells(cells: Cells) -> list[str]:
 
 
 def plot(cells: Cells, title: str, path: Path) -> None:
-    """A row for each method and arm, the best on top by the mean over the models, a mark for each model."""
+    """A row for each method and arm and a mark for each model, or the other way round where there are more models; the
+    best on top by the mean of its marks."""
     from matplotlib.figure import Figure
 
     models = list(dict.fromkeys(model for model, _ in cells))
-    means = {key: t_interval([*seeds.values()]) for key, seeds in cells.items()}
-    lines = list(dict.fromkeys(line for _, line in cells))
-
-    def over_models(line: Line) -> float:
-        found = [means[model, line].mean for model in models if (model, line) in means]
-        return sum(found) / len(found)
-
-    lines.sort(key=over_models, reverse=True)
-    figure = Figure(figsize=(7.5, 0.3 * len(lines) + 1.6), dpi=130, layout="constrained")
+    across = len(models) <= len({line for _, line in cells})
+    means: dict[tuple[str, str], Interval] = {}
+    """By row and mark."""
+    for (model, line), seeds in cells.items():
+        name = name_of(line).replace("`", "")
+        means[(name, model) if across else (model, name)] = t_interval([*seeds.values()])
+    rows, marks = (list(dict.fromkeys(key[place] for key in means)) for place in (0, 1))
+    rows.sort(key=lambda row: mean(interval.mean for key, interval in means.items() if key[0] == row), reverse=True)
+    figure = Figure(figsize=(7.5, 0.3 * len(rows) + 1.6), dpi=130, layout="constrained")
     panel = figure.subplots()
     clean(panel)
-    for number, model in enumerate(models):
-        own = [(place, means[model, line]) for place, line in enumerate(lines) if (model, line) in means]
+    for number, mark in enumerate(marks):
+        own = [(place, means[row, mark]) for place, row in enumerate(rows) if (row, mark) in means]
         panel.errorbar(
             [interval.mean for _, interval in own],
-            [place + 0.5 * ((number + 0.5) / len(models) - 0.5) for place, _ in own],
+            [place + 0.5 * ((number + 0.5) / len(marks) - 0.5) for place, _ in own],
             xerr=[interval.half or 0.0 for _, interval in own],
             linestyle="none",
             capsize=2,
-            label=model,
+            label=mark,
             **style(number),
         )
-    panel.set_yticks(range(len(lines)), [name_of(line).replace("`", "") for line in lines])
+    panel.set_yticks(range(len(rows)), rows)
     panel.set_xlabel(title)
     legend(figure, *panel.get_legend_handles_labels())
     save(figure, path, "adaptation_result")
@@ -151,6 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("rows", type=Path, nargs="+")
     parser.add_argument("--figure", choices=("error", "class_error", "ece"), default="error")
     parser.add_argument("--baseline", help="methods that the others are compared with; norm where there is such a row")
+    parser.add_argument("--versus", metavar="ARM", help="quantization that those of the same scheme are compared with")
     parser.add_argument("--clean", action="store_true", help="of the clean domains instead of the corrupted ones")
     parser.add_argument("--plot", type=Path, help="file to draw the figure to")
     args = parser.parse_args(arguments)
@@ -165,9 +170,19 @@ def main(arguments: list[str] | None = None) -> None:
         if baseline not in methods:
             raise SystemExit(f"--baseline: no row is of {baseline!r} without ABL, only of {', '.join(sorted(methods))}")
         if len(methods) > 1:
-            tables.append(table(without, f"minus `{baseline}`", lambda _, name=baseline: (name, OFF)))
+            tables.append(table(without, f"minus `{baseline}`", lambda key, name=baseline: (key[0], (name, OFF))))
+    if args.versus:
+
+        def versus(key: Key) -> Key:
+            other = (f"{key[0].rpartition(' ')[0]} {args.versus}", key[1])
+            return other if other in cells else key
+
+        if all(versus(key) == key for key in cells):
+            models = ", ".join(dict.fromkeys(model for model, _ in cells))
+            raise SystemExit(f"--versus: no two models of one scheme, one of them by {args.versus!r}, only {models}")
+        tables.append(table(cells, f"minus {args.versus}", versus))
     if len(without) < len(cells):
-        tables.append(table(cells, "minus the same without ABL", lambda line: (line[0], OFF)))
+        tables.append(table(cells, "minus the same without ABL", lambda key: (key[0], (key[1][0], OFF))))
         tables.append(means_over_cells(cells))
     print("\n\n".join("\n".join(each) for each in tables))
     if args.plot is not None:

@@ -30,8 +30,9 @@ Cells = dict[tuple[str, int], float]
 
 
 def flags_of(quantization: str) -> tuple[str, frozenset[tuple[str, str]]]:
-    """`qdrop(augment=0.5,...)` as the method and those flags that belong to an arm."""
+    """`qdrop(augment=0.5,...)` as the method and those flags that belong to an arm; TTAQ is QDrop with flags."""
     method, _, rest = quantization.removesuffix(")").partition("(")
+    method = "qdrop" if method == "ttaq" else method
     flags = dict(re.findall(r"(\w+)=([^,]*)", rest))
     return method, frozenset((name, value) for name, value in flags.items() if name not in _NOT_OF_THE_ARM)
 

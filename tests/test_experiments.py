@@ -50,6 +50,8 @@ def test_arms_are_told_apart_by_what_their_rows_say() -> None:
     assert len({quantization_choice.flags_of_arm(settings) for settings in arms.values()}) == len(arms)
     text = "qdrop(affine_lr=0.001,augment=0.5,calibration=1024xcifar10,keep_quantized=1.0,norm_statistics=batch)"
     assert quantization_choice.flags_of(text) == quantization_choice.flags_of_arm(arms["augment_half"])
+    text = "ttaq(affine_lr=0.001,calibration=1024xcifar10,distillation=400,keep_quantized=1.0,norm_statistics=batch)"
+    assert quantization_choice.flags_of(text) == quantization_choice.flags_of_arm(arms["distillation"])
 
 
 BASE = {(scheme, seed): 20.0 for scheme in quantization_choice.SCHEMES for seed in range(3)}
@@ -184,15 +186,14 @@ def test_the_tables_of_adaptation_are_paired_by_seed(tables: Any) -> None:
         "| `norm` | 21.00 ± 12.71 (n = 2) | 28.00 ± 38.12 (n = 2) |",
         "| `tent, no guards` | 40.00 (n = 1) | not run |",
         "",
-        "| minus `norm` | float | W4A4 ttaq |",
-        "|---|---:|---:|",
-        "| `tent` | -0.50 ± 6.35 (n = 2) | not run |",
-        "| `tent, no guards` | +20.00 (n = 1) | not run |",
-        "",
-        "| minus the same without ABL | `tent`, gradient_soft |",
+        "| minus `norm` | float |",
         "|---|---:|",
-        "| float | +0.50 ± 12.71 (n = 2) |",
-        "| W4A4 ttaq | not run |",
+        "| `tent` | -0.50 ± 6.35 (n = 2) |",
+        "| `tent, no guards` | +20.00 (n = 1) |",
+        "",
+        "| minus the same without ABL | float |",
+        "|---|---:|",
+        "| `tent`, gradient_soft | +0.50 ± 12.71 (n = 2) |",
         "",
         "| mean of these | cells | change |",
         "|---|---:|---:|",
@@ -217,6 +218,19 @@ def test_the_tables_of_adaptation_are_paired_by_seed(tables: Any) -> None:
         "| cifar_resnet20 float | 1.00 (n = 1) |",
         "| deit_tiny float | 3.00 (n = 1) |",
     ]
+
+
+def test_quantizations_are_compared_within_a_scheme(tables: Any) -> None:
+    ttaq = f"qdrop({FLAGS['distillation']})"
+    rows = rows_of_adaptation("norm", [20.0]) + rows_of_adaptation("norm", [25.0, 31.0], ttaq)
+    rows += rows_of_adaptation("norm", [26.0, 34.0], "rtn") + rows_of_adaptation("norm", [50.0], "rtn", scheme="W2A4")
+    assert tables(rows, "--versus", "ttaq")[-3:] == [
+        "| minus ttaq | W4A4 rtn |",
+        "|---|---:|",
+        "| `norm` | +2.00 ± 12.71 (n = 2) |",
+    ]
+    with pytest.raises(SystemExit, match="no two models of one scheme, one of them by 'qdrop', only float, W4A4 ttaq"):
+        tables(rows, "--versus", "qdrop")
 
 
 @pytest.fixture
