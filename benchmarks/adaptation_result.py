@@ -28,6 +28,7 @@ from ttaq.eval.stream import CLEAN, differing_flags
 from ttaq.eval.student_t import Interval, t_interval
 
 OFF, BASELINE = "off", "norm"
+FIGURES = {"error": "error, %", "class_error": "mean error of the classes, %", "ece": "ECE, %"}
 
 Line = tuple[str, str]
 """Method and arm of `abl`."""
@@ -37,8 +38,19 @@ Cells = dict[Key, dict[int, float]]
 """The figure of each seed."""
 
 
-def cells_of(rows: list[dict[str, Any]], figure: str, of_clean: bool = False) -> Cells:
-    """Of finished streams: models in the order of the rows, methods in that of their first rows, without ABL first."""
+def is_corrupted(domain: str) -> bool:
+    """By the name of a domain."""
+    return domain != CLEAN
+
+
+def is_clean(domain: str) -> bool:
+    """By the name of a domain."""
+    return domain == CLEAN
+
+
+def cells_of(rows: list[dict[str, Any]], figure: str, counts: Callable[[str], bool] = is_corrupted) -> Cells:
+    """Of finished streams, over the domains that count: models in the order of the rows, methods in that of their first
+    rows, without ABL first."""
     quantized, balanced = arms_by_flags(BASE), arms_by_settings()
     networks = {row["model"] for row in rows}
 
@@ -61,13 +73,13 @@ def cells_of(rows: list[dict[str, Any]], figure: str, of_clean: bool = False) ->
         if flags := differing_flags(summaries[0]["stream"], row["stream"]):
             raise CheckpointError(f"rows of different streams: {'; '.join(flags)}; give each stream a call of its own")
         key = place(row)
-        if row["kind"] != "domain" or key not in domains or (row["domain"] == CLEAN) != of_clean:
+        if row["kind"] != "domain" or key not in domains or not counts(row["domain"]):
             continue
         if domains[key].setdefault(row["index"], row[figure]) != row[figure]:
             model, line, seed = key
             raise CheckpointError(f"two results for {model}, {', '.join(line)}, seed {seed}: remove one")
     if not all(domains.values()):
-        raise CheckpointError(f"the streams have no {'clean' if of_clean else 'corrupted'} domain")
+        raise CheckpointError("a stream has none of the domains that this figure is of")
     found: Cells = {}
     for (model, line, seed), values in domains.items():
         found.setdefault((model, line), {})[seed] = mean(values.values())
@@ -115,6 +127,16 @@ def means_over_cells(cells: Cells) -> list[str]:
     return lines
 
 
+def baselines_of(cells: Cells, wanted: str | None) -> list[str]:
+    """The methods that the others are compared with: those of the flag, or `norm` where there is such a row."""
+    methods = {method for _, (method, arm) in cells if arm == OFF}
+    found = wanted.split(",") if wanted else [BASELINE] if BASELINE in methods else []
+    for baseline in found:
+        if baseline not in methods:
+            raise SystemExit(f"--baseline: no row is of {baseline!r} without ABL, only of {', '.join(sorted(methods))}")
+    return found
+
+
 def plot(cells: Cells, title: str, path: Path) -> None:
     """A row for each method and arm and a mark for each model, or the other way round where there are more models; the
     best on top by the mean of its marks."""
@@ -153,23 +175,20 @@ def main(arguments: list[str] | None = None) -> None:
     """Read the rows and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, nargs="+")
-    parser.add_argument("--figure", choices=("error", "class_error", "ece"), default="error")
+    parser.add_argument("--figure", choices=FIGURES, default="error")
     parser.add_argument("--baseline", help="methods that the others are compared with; norm where there is such a row")
     parser.add_argument("--versus", metavar="ARM", help="quantization that those of the same scheme are compared with")
     parser.add_argument("--clean", action="store_true", help="of the clean domains instead of the corrupted ones")
     parser.add_argument("--plot", type=Path, help="file to draw the figure to")
     args = parser.parse_args(arguments)
-    cells = cells_of([row for path in args.rows for row in read_rows(path)], args.figure, args.clean)
-    title = {"error": "error, %", "class_error": "mean error of the classes, %", "ece": "ECE, %"}[args.figure]
-    title = f"clean {title}" if args.clean else title
+    cells = cells_of(
+        [row for path in args.rows for row in read_rows(path)], args.figure, is_clean if args.clean else is_corrupted
+    )
+    title = f"clean {FIGURES[args.figure]}" if args.clean else FIGURES[args.figure]
     tables = [table(cells, title)]
     without = {key: seeds for key, seeds in cells.items() if key[1][1] == OFF}
-    methods = {method for _, (method, _) in without}
-    baselines = args.baseline.split(",") if args.baseline else [BASELINE] if BASELINE in methods else []
-    for baseline in baselines:
-        if baseline not in methods:
-            raise SystemExit(f"--baseline: no row is of {baseline!r} without ABL, only of {', '.join(sorted(methods))}")
-        if len(methods) > 1:
+    if len({method for _, (method, _) in without}) > 1:
+        for baseline in baselines_of(cells, args.baseline):
             tables.append(table(without, f"minus `{baseline}`", lambda key, name=baseline: (key[0], (name, OFF))))
     if args.versus:
 

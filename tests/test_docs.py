@@ -60,7 +60,7 @@ def test_tables_are_what_the_command_beside_them_prints(
 
 
 def test_there_are_tables_of_every_kind() -> None:
-    kinds = {"quantization_choice", "quantization_result", "adaptation_choice", "adaptation_result"}
+    kinds = {"quantization_choice", "quantization_result", "adaptation_choice", "adaptation_result", "rounds_result"}
     assert {module for module, _, _ in TABLES} == kinds
 
 

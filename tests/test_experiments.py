@@ -17,6 +17,7 @@ from benchmarks import (
     quantization,
     quantization_choice,
     quantization_result,
+    rounds_result,
 )
 from ttaq.errors import CheckpointError
 from ttaq.eval import Stream
@@ -209,7 +210,7 @@ def test_the_tables_of_adaptation_are_paired_by_seed(tables: Any) -> None:
     ]
     with pytest.raises(SystemExit, match="no row is of 'sar' without ABL, only of norm, tent"):
         tables(rows, "--baseline", "norm,sar")
-    found = adaptation_result.cells_of(rows, "error", of_clean=True)
+    found = adaptation_result.cells_of(rows, "error", adaptation_result.is_clean)
     assert found["float", ("tent", "off")] == {0: 1.9, 1: 2.2}
     across = tables(rows_of_adaptation("norm", [1.0]) + rows_of_adaptation("norm", [2.0], ttaq))
     assert across == ["| error, % | `norm` |", "|---|---:|", "| float | 1.00 (n = 1) |", "| W4A4 ttaq | 2.00 (n = 1) |"]
@@ -247,6 +248,42 @@ def tables(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     return lines
 
 
+def test_rounds_are_paired_by_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    rows = []
+    for method, options, rounds in (
+        ("norm", {}, ([20.0, 30.0], [20.0, 30.0])),
+        ("tent", {}, ([18.0, 29.0], [22.0, 31.0])),
+        ("tent", {"abl": "gradient"}, ([18.0, 27.0], [16.0, 27.0])),
+    ):
+        for number, errors in enumerate(rounds):
+            for row in rows_of_adaptation(method, errors, options=options, counters={}):
+                again = (
+                    {"domain": f"{row['domain']}#2", "index": 3 + row["index"]} if number and "domain" in row else {}
+                )
+                rows.append(row | again)
+    monkeypatch.setattr(rounds_result, "read_rows", lambda _: rows)
+    rounds_result.main(["rows.jsonl", "--baseline", "norm", "--plot", str(tmp_path / "picture.png")])
+    assert (tmp_path / "picture.png").stat().st_size > 5000
+    assert capsys.readouterr().out.splitlines() == [
+        "| error, % | `norm` | `tent` | `tent`, gradient_soft |",
+        "|---|---:|---:|---:|",
+        "| round 1 | 25.00 ± 63.53 (n = 2) | 23.50 ± 69.88 (n = 2) | 22.50 ± 57.18 (n = 2) |",
+        "| round 2 | 25.00 ± 63.53 (n = 2) | 26.50 ± 57.18 (n = 2) | 21.50 ± 69.88 (n = 2) |",
+        "",
+        "| minus `norm` | `tent` | `tent`, gradient_soft |",
+        "|---|---:|---:|",
+        "| round 1 | -1.50 ± 6.35 (n = 2) | -2.50 ± 6.35 (n = 2) |",
+        "| round 2 | +1.50 ± 6.35 (n = 2) | -3.50 ± 6.35 (n = 2) |",
+        "",
+        "| minus the same without ABL | `tent`, gradient_soft |",
+        "|---|---:|",
+        "| round 1 | -1.00 ± 12.71 (n = 2) |",
+        "| round 2 | -5.00 ± 12.71 (n = 2) |",
+    ]
+    with pytest.raises(SystemExit, match="no row is of 'sar'"):
+        rounds_result.main(["rows.jsonl", "--baseline", "sar"])
+
+
 def test_rows_of_adaptation_that_do_not_belong_together_are_refused() -> None:
     rows = rows_of_adaptation("norm", [20.0])
     with pytest.raises(CheckpointError, match="two results for float, norm, off, seed 0"):
@@ -254,7 +291,9 @@ def test_rows_of_adaptation_that_do_not_belong_together_are_refused() -> None:
     other = rows[0] | {"stream": str(Stream(dataset="digits", delta=0.1))}
     with pytest.raises(CheckpointError, match="no finished stream"):
         adaptation_result.cells_of(rows[:-1], "error")
-    with pytest.raises(CheckpointError, match="no clean domain"):
-        adaptation_result.cells_of([row for row in rows if row.get("domain") != "clean"], "error", of_clean=True)
+    with pytest.raises(CheckpointError, match="none of the domains"):
+        adaptation_result.cells_of(
+            [row for row in rows if row.get("domain") != "clean"], "error", adaptation_result.is_clean
+        )
     with pytest.raises(CheckpointError, match="different streams"):
         adaptation_result.cells_of([*rows, other], "error")

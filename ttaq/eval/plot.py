@@ -34,7 +34,8 @@ def plot(report: Report, path: str | os.PathLike[str]) -> None:
     panels = figure.subplots(len(groups), 1, squeeze=False, sharex=True, sharey=True)[:, 0]
     for panel, group in zip(panels, groups, strict=True):
         _panel(panel, report, group, (width - 1.0) / (len(labels) + 1.5))
-    panels[0].set_ylim(0, min(100.0, panels[0].get_ylim()[1]))  # Shared, so only now does it know every panel.
+    # Shared, so only now does it know every panel; the margin is that of the marks of a picture that begins at 0.
+    panels[0].set_ylim(0, min(100.0, 1.04 * panels[0].get_ylim()[1]))
     positions = [*range(len(labels)), len(labels) + 0.5]
     texts = [*(label.replace("_", " ") for label in labels), report.lines.mean]
     panels[-1].set_xticks(positions, texts, rotation=40, ha="right", rotation_mode="anchor")
