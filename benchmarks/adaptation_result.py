@@ -111,7 +111,7 @@ def table(cells: Cells, title: str, minus: Callable[[Key], Key] | None = None) -
 
 
 def means_over_cells(cells: Cells) -> list[str]:
-    """What each arm changes: mean over models and methods, of the seeds that all of them have."""
+    """What each arm changes: mean over those models and methods that have the most seeds, paired by seed."""
     found: dict[str, list[dict[int, float]]] = {}
     for (model, (method, arm)), seeds in cells.items():
         without = cells.get((model, (method, OFF)), {})
@@ -120,7 +120,9 @@ def means_over_cells(cells: Cells) -> list[str]:
                 {seed: value - without[seed] for seed, value in seeds.items() if seed in without}
             )
     lines = ["| mean of these | cells | change |", "|---|---:|---:|"]
-    for arm, changes in found.items():
+    for arm, every in found.items():
+        most = max(map(len, every))
+        changes = [change for change in every if len(change) == most]
         common = sorted(set.intersection(*map(set, changes)))
         means = {seed: mean(change[seed] for change in changes) for seed in common}
         lines.append(f"| {arm} | {len(changes)} | {text(means, dict.fromkeys(means, 0.0))} |")

@@ -5,7 +5,7 @@
 Rows of `benchmarks.adaptation --table long`. Prints Markdown tables with a line for each round: the figure (`error`,
 `class_error` or `ece`, %), a mean over the corrupted domains of the round, with its 95 % t interval over the seeds; the
 same minus that of each method of `--baseline`, paired by seed; and, where there are arms of `abl`, minus the same
-method without. `--plot` draws the first: lines are means, shades the intervals.
+method without. `--plot` draws the first, over the seeds that all have: lines are means, shades the intervals.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def table(rounds: list[Cells], title: str, minus: Callable[[Key], Key] | None = 
 
 
 def plot(rounds: list[Cells], title: str, path: Path) -> None:
-    """A line for each method on each model."""
+    """A line for each method on each model, over the seeds that all of them have."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 4.0), dpi=130, layout="constrained")
@@ -62,8 +62,11 @@ def plot(rounds: list[Cells], title: str, path: Path) -> None:
     clean(panel)
     numbers = np.arange(1, len(rounds) + 1)
     models = {model for model, _ in rounds[0]}
+    common = sorted(set.intersection(*map(set, rounds[0].values())))
+    if not common:
+        raise SystemExit("--plot: there is no seed that all methods have run with; finish one first")
     for number, key in enumerate(rounds[0]):
-        intervals = [t_interval([*cells[key].values()]) for cells in rounds]
+        intervals = [t_interval([cells[key][seed] for seed in common]) for cells in rounds]
         means = np.array([interval.mean for interval in intervals])
         half = np.array([interval.half or 0.0 for interval in intervals])
         label = column_name(key, models).replace("`", "")

@@ -201,7 +201,9 @@ def test_the_tables_of_adaptation_are_paired_by_seed(tables: Any) -> None:
         "| gradient_soft | 1 | +0.50 ± 12.71 (n = 2) |",
     ]
     rows += rows_of_adaptation("norm", [24.0], ttaq, options={"abl": "gradient"})
-    assert tables(rows)[-1] == "| gradient_soft | 2 | -0.75 (n = 1) |"
+    assert tables(rows)[-1] == "| gradient_soft | 1 | +0.50 ± 12.71 (n = 2) |"
+    rows += rows_of_adaptation("norm", [24.0, 30.0], ttaq, options={"abl": "gradient"})[4:]
+    assert tables(rows)[-1] == "| gradient_soft | 2 | -0.25 ± 6.35 (n = 2) |"
     several = tables(rows, "--baseline", "norm,tent")
     assert [line[:17] for line in several if line.startswith("| minus")] == [
         "| minus `norm` | ",
