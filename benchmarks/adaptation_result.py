@@ -173,15 +173,21 @@ def plot(cells: Cells, title: str, path: Path) -> None:
     save(figure, path, "adaptation_result")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Read the rows and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """The flags that tables of adaptation share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, nargs="+")
     parser.add_argument("--figure", choices=FIGURES, default="error")
     parser.add_argument("--baseline", help="methods that the others are compared with; norm where there is such a row")
+    parser.add_argument("--plot", type=Path, help="file to draw the figure to")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the rows and print the tables."""
+    parser = parser_of(__doc__)
     parser.add_argument("--versus", metavar="ARM", help="quantization that those of the same scheme are compared with")
     parser.add_argument("--clean", action="store_true", help="of the clean domains instead of the corrupted ones")
-    parser.add_argument("--plot", type=Path, help="file to draw the figure to")
     args = parser.parse_args(arguments)
     cells = cells_of(
         [row for path in args.rows for row in read_rows(path)], args.figure, is_clean if args.clean else is_corrupted

@@ -10,7 +10,6 @@ method without. `--plot` draws the first, over the seeds that all have: lines ar
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.adaptation_result import FIGURES, OFF, Cells, Key, baselines_of, cells_of, is_corrupted, name_of
+from benchmarks.adaptation_result import (
+    FIGURES,
+    OFF,
+    Cells,
+    Key,
+    baselines_of,
+    cells_of,
+    is_corrupted,
+    name_of,
+    parser_of,
+)
 from benchmarks.quantization_result import text
 from ttaq.eval.plot_style import clean, legend, save, style
 from ttaq.eval.rows import read_rows
@@ -81,12 +90,7 @@ def plot(rounds: list[Cells], title: str, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the rows and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", type=Path, nargs="+")
-    parser.add_argument("--figure", choices=FIGURES, default="error")
-    parser.add_argument("--baseline", help="methods that the others are compared with; norm where there is such a row")
-    parser.add_argument("--plot", type=Path, help="file to draw the figure to")
-    args = parser.parse_args(arguments)
+    args = parser_of(__doc__).parse_args(arguments)
     rounds = cells_by_round([row for path in args.rows for row in read_rows(path)], args.figure)
     tables = [table(rounds, FIGURES[args.figure])]
     for baseline in baselines_of(rounds[0], args.baseline):
