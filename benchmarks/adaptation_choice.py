@@ -20,7 +20,7 @@ from ttaq.eval.stream import parse_description
 
 DECIDING = ("dirichlet01", "tail")
 MOST_ON_IID = 0.3  # points
-_OPTIONS = {"abl": None, "abl_loss": "soft", "abl_answer": 0.0}
+_OPTIONS = {"abl": None, "abl_loss": "soft", "abl_weight": 1.0, "abl_answer": 0.0}
 
 Cell = tuple[str, str, int]
 """Scheme, method and seed."""

@@ -53,6 +53,11 @@ def cells_of(rows: list[dict[str, Any]], figure: str, counts: Callable[[str], bo
     rows, without ABL first."""
     quantized, balanced = arms_by_flags(BASE), arms_by_settings()
     networks = {row["model"] for row in rows}
+    settings: dict[str, dict[str, set[str]]] = {}
+    for row in rows:
+        for name, value in row["options"].items():
+            if not name.startswith("abl"):
+                settings.setdefault(row["method"], {}).setdefault(name, set()).add(str(value))
 
     def place(row: dict[str, Any]) -> tuple[str, Line, int]:
         model = row["scheme"]
@@ -63,6 +68,9 @@ def cells_of(rows: list[dict[str, Any]], figure: str, counts: Callable[[str], bo
             model = f"{row['model']} {model}"
         unguarded = row["counters"].get("updates") and "guards" not in row
         method = row["method"] + (", no guards" if unguarded else "")
+        for name, values in settings.get(row["method"], {}).items():
+            if len(values) > 1:  # As ttaq report names it: by the options in which its rows differ.
+                method += f", {name}={row['options'][name]}"
         return model, (method, balanced[settings_of(row["options"])]), row["seed"]
 
     summaries = [row for row in rows if row["kind"] == "summary"]

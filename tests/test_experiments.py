@@ -216,6 +216,13 @@ def test_the_tables_of_adaptation_are_paired_by_seed(tables: Any) -> None:
     assert found["float", ("tent", "off")] == {0: 1.9, 1: 2.2}
     across = tables(rows_of_adaptation("norm", [1.0]) + rows_of_adaptation("norm", [2.0], ttaq))
     assert across == ["| error, % | `norm` |", "|---|---:|", "| float | 1.00 (n = 1) |", "| W4A4 ttaq | 2.00 (n = 1) |"]
+    rates = [
+        row for lr in (0.1, 0.0) for row in rows_of_adaptation("tent", [10.0 + lr], options={"lr": lr, "momentum": 0.9})
+    ]
+    assert [line for line in tables(rates) if "lr" in line] == [
+        "| `tent, lr=0.1` | 10.10 (n = 1) |",
+        "| `tent, lr=0.0` | 10.00 (n = 1) |",
+    ]
     other = rows_of_adaptation("norm", [3.0], model="deit_tiny")
     assert tables(rows_of_adaptation("norm", [1.0]) + other)[2:] == [
         "| cifar_resnet20 float | 1.00 (n = 1) |",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from ttaq.errors import InputError
-from ttaq.eval.batch_size import Need, choose_batch_size, measure_need
+from ttaq.eval.batch_size import NO_LIMITS, Need, choose_batch_size, measure_need
 from ttaq.eval.memory_parts import MemoryParts, StepMemory
+from ttaq.eval.run import build_stepper
 from ttaq.models import build as build_model
 from ttaq.ptq import quantize
 from ttaq.tta import Adapter, Shadow, build
@@ -32,19 +35,34 @@ def adapters() -> dict[str, Adapter]:
         for name in ("norm", "tent", "sar")
         for kind, net in (("float", model()), ("W4A4", quantized))
     }
+    made["cotta on float"] = build("cotta", model(), augmentations=2)
+    for every, capacity in ((64, 64), (128, 128), (16, 24)):
+        made[f"rotta {every}/{capacity} on float"] = build("rotta", model(), update_every=every, capacity=capacity)
     return {**made, "source on float": build("source", model())}
 
 
+@pytest.mark.parametrize("guards", [False, True])
 @pytest.mark.parametrize("who", sorted(adapters()))
-def test_the_prediction_from_two_and_four_images_holds_for_many(who: str) -> None:
+def test_the_prediction_from_two_and_four_images_holds_for_many(who: str, guards: bool) -> None:
+    """For what a stream of larger batches needs, with the good state that guards keep."""
     adapter = adapters()[who]
-    predicted = measure_need(adapter, SHAPE, who).at(40)
-    with StepMemory(adapter) as memory:
-        adapter(torch.rand(40, *SHAPE).contiguous(memory_format=torch.channels_last))
-    measured = memory.parts
+    limits = replace(NO_LIMITS, snapshot_every=1) if guards else None
+    stepper = build_stepper(adapter, model(), 1, limits, False)
+    predicted = measure_need(stepper, SHAPE, who).at(40)
+    measured = MemoryParts()
+    adapter.fill(SHAPE)
+    for x in torch.rand(3, 40, *SHAPE):
+        with StepMemory(adapter, stepper) as memory:
+            stepper(x.contiguous(memory_format=torch.channels_last))
+        measured = measured.combine(memory.parts, max)
     assert predicted.total == pytest.approx(measured.total, rel=0.02)
     assert predicted.activations == pytest.approx(measured.activations, rel=0.02)
     assert (predicted.weights, predicted.optimizer) == (measured.weights, measured.optimizer)
+
+
+def test_a_window_keeps_its_images() -> None:
+    alone, within = (measure_need(build("tent", model()), SHAPE, "", keeps_images=kept).at(8) for kept in (False, True))
+    assert within.state - alone.state == 8 * 4 * 3 * 16 * 16
 
 
 def test_leaves_the_adapter_as_new() -> None:

@@ -14,7 +14,7 @@ from ttaq.tta import build
 from ttaq.tta.abl import Balance
 from ttaq_kernels import softmax_entropy
 
-ENTROPY_LIKE = ("tent", "eta", "rdumb", "sar", "roid")
+ENTROPY_LIKE = ("tent", "eta", "eata", "rdumb", "sar", "roid")
 PRIORS = ("frequency", "gradient", "inverse", "soft")
 LOSSES = ("soft", "hard", "offset")
 
@@ -39,6 +39,23 @@ def test_the_floor_keeps_a_class_that_never_comes() -> None:
     prior = balance(momentum=0.0)
     prior.observe(LOGITS, None, None)
     torch.testing.assert_close(prior.pi, torch.tensor([1.0, 0.05]) / 1.05)
+
+
+@pytest.mark.parametrize(("classes", "images", "momentum"), [(2, 200, 0.9), (10, 50, 0.9), (1000, 50, 0.99)])
+def test_the_momentum_goes_by_the_number_of_classes(classes: int, images: int, momentum: float) -> None:
+    prior = Balance(classes, prior="frequency", loss="soft", weight=1.0, momentum=None)
+    z = torch.zeros(images, classes)
+    z[:, 0] = 1.0
+    prior.observe(z, None, None)
+    others = momentum / classes
+    torch.testing.assert_close(prior.pi[0], torch.tensor(1 - others * (classes - 1)), rtol=1e-5, atol=1e-7)
+
+
+def test_forgets_everything() -> None:
+    prior = balance("gradient")
+    prior.observe(LOGITS, FEATURES, None)
+    prior.forget()
+    assert_same(prior.state_dict(), balance("gradient").state_dict())
 
 
 @pytest.mark.parametrize("kind", ["gradient", "inverse", "soft"])
@@ -115,6 +132,7 @@ def test_a_batch_that_is_not_finite_leaves_the_prior() -> None:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "eta": {"entropy_margin": 2.0, "redundancy": 2.0},
+    "eata": {"entropy_margin": 2.0, "redundancy": 2.0, "source_images": torch.cat(stream(seed=98))},
     "rdumb": {"entropy_margin": 2.0, "redundancy": 2.0},
     "sar": {"entropy_margin": 2.0},
 }
@@ -142,15 +160,13 @@ def test_composes(name: str, prior: str, loss: str) -> None:
 
 
 @pytest.mark.parametrize("name", ENTROPY_LIKE)
-def test_off_is_the_method_itself(name: str) -> None:
-    plain, off = (build(name, batch_norm_net(), **OPTIONS.get(name, {}), **extra) for extra in ({}, {"abl": None}))
-    assert plain.options == off.options
-    assert_same([plain(x) for x in stream()], [off(x) for x in stream()])
-
-
-def test_weight_zero_learns_what_the_method_learns() -> None:
-    plain = build("tent", batch_norm_net())
-    zero = build("tent", batch_norm_net(), abl="frequency", abl_weight=0)
+def test_off_is_the_method_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is on and does nothing changes no bit; off, nothing of it is even made (`test_parity.py`: the method)."""
+    options = OPTIONS.get(name, {}) | {"lr": 5e-2}
+    zero = build(name, batch_norm_net(), **options, abl="frequency", abl_weight=0.0, abl_answer=0.0)
+    monkeypatch.setattr(Balance, "__init__", lambda *_, **__: pytest.fail("the balance is off"))
+    plain = build(name, batch_norm_net(), **options)
+    assert not any(option.startswith("abl") for option in plain.options)
     assert_same([plain(x) for x in stream()], [zero(x) for x in stream()])
     assert zero.get_buffer("balance.pi").max() > 1 / CLASSES
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from tta_cases import Everything, assert_same, batch_norm_net, stream
+from tta_cases import CLASSES, TESTED, Everything, assert_same, batch_norm_net, stream
 
-from ttaq.errors import InputError
-from ttaq.tta import METHODS, Norm, Source, Tent, build
+from ttaq.errors import CheckpointError, InputError
+from ttaq.tta import METHODS, Guarded, Norm, Source, Tent, build
 
 
 class Answer(nn.Module):
@@ -176,3 +176,65 @@ def test_build_by_name() -> None:
 def test_build_refuses_names_and_options_it_does_not_know(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         build(name, batch_norm_net(), **options)
+
+
+class Narrowing(nn.Module):
+    """A model that answers with fewer classes when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = batch_norm_net()
+        self.register_buffer("classes", torch.tensor(CLASSES), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x)
+        return logits[:, : int(self.classes)]
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+@pytest.mark.parametrize("name", sorted(TESTED))
+def test_another_number_of_classes_is_refused_and_changes_nothing(name: str, guarded: bool) -> None:
+    adapter, twin = TESTED[name](Narrowing()), TESTED[name](Narrowing())
+    stepper, other = (Guarded(adapter), Guarded(twin)) if guarded else (adapter, twin)
+    first, second = stream(2)
+    assert torch.equal(stepper(first), other(first))
+    before = stepper.state_dict()
+    adapter.model.classes.fill_(CLASSES - 1)
+    with pytest.raises(InputError, match="answers with 4 classes"):
+        stepper(second)
+    assert_same(stepper.state_dict(), before)
+    adapter.model.classes.fill_(CLASSES)
+    assert torch.equal(stepper(second), other(second))
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_gray_images_are_taken_or_refused_before_anything_changes(name: str) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 3, 1), *batch_norm_net()).eval()
+    options = {"source_images": torch.cat(stream(seed=98))[:, :1]} if METHODS[name].source_images else {}
+    adapter = METHODS[name](net, **options)
+    before, gray = adapter.state_dict(), stream()[0][:, :1]
+    if adapter.augments:
+        with pytest.raises(InputError, match=r"expected \[B, 3, H, W\], whose colours it can change"):
+            adapter(gray)
+        assert_same(adapter.state_dict(), before)
+    else:
+        assert adapter(gray).shape == (4, CLASSES)
+    assert adapter.augments == (name in {"cotta", "rmt", "roid", "rotta"})
+
+
+@pytest.mark.parametrize("name", ["cotta", "rmt", "roid", "rotta"])
+def test_a_seed_draws_what_a_method_draws(name: str) -> None:
+    options = {"rotta": {"update_every": 4}, "cotta": {"augmentations": 2}}.get(name, {})
+    options |= {"source_images": torch.cat(stream(seed=98))}
+    none, zero, one = (build(name, batch_norm_net(), **options, **seed) for seed in ({}, {"seed": 0}, {"seed": 1}))
+    outputs = [[adapter(x) for x in stream()] for adapter in (none, zero, one)]
+    assert_same(outputs[0], outputs[1])
+    assert not all(torch.equal(a, b) for a, b in zip(outputs[0], outputs[2], strict=True))
+    with pytest.raises(CheckpointError, match="saved with seed 1, expected 0"):
+        zero.load_state_dict(one.state_dict())
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31, 0.5, None])
+def test_refuses_seeds_out_of_range(seed: Any) -> None:
+    with pytest.raises(InputError, match=r"seed is .*, expected an integer from 0 below 2\^31"):
+        build("tent", batch_norm_net(), seed=seed)

@@ -66,8 +66,9 @@ def test_the_fisher_information_is_part_of_the_state() -> None:
     assert all(bool((value > 0).any()) for key, value in state["extra"].items() if key.startswith("fisher/"))
 
 
-def test_rdumb_is_eta_until_it_starts_anew() -> None:
-    eta, rdumb = make("eta", **ALL), make("rdumb", reset_every=3, **ALL)
+@pytest.mark.parametrize("balance", [{}, {"abl": "gradient"}])
+def test_rdumb_is_eta_until_it_starts_anew(balance: dict[str, str]) -> None:
+    eta, rdumb = make("eta", **ALL, **balance), make("rdumb", reset_every=3, **ALL, **balance)
     xs = stream(7)
     first = [eta(x) for x in xs[:3]]
     eta.reset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -83,6 +84,53 @@ def test_goes_back_to_the_last_good_state_and_then_to_the_source() -> None:
     guarded(bright)  # again within the interval: that state was not good
     assert_same(guarded.adapter.state_dict()["adapted"], source)
     assert guarded.counters["updates"] == 7  # what was counted did happen
+
+
+def test_a_good_state_that_is_gone_back_to_is_let_learn_on() -> None:
+    """Its distance from the source is older than the alarm."""
+    net, bad = batch_norm_net(), torch.full((4, 3, 8, 8), float("nan"))
+
+    def make(rate: float) -> Guarded:
+        limits = Limits(drift_per_batch=rate, snapshot_every=6, pause=1, entropy=0, classes=0, batch_classes=0)
+        return Guarded(build("tent", net, lr=2e-3, check_finite=False), limits)
+
+    free = make(1e9)
+    for x in stream(12):
+        free(x)
+    rate = 1.5 * free.nearest["drift_per_batch"]
+    guarded = make(rate)
+    for x in stream(7):
+        guarded(x)
+    assert guarded.signals["drift"] > 2 * rate
+    guarded.adapter.get_parameter("model.1.weight").data.fill_(float("nan"))
+    guarded(bad)
+    assert reasons(guarded) == ["nonfinite"]
+    for x in stream(12, seed=5):
+        guarded(x)
+    assert reasons(guarded) == ["nonfinite"]
+    assert guarded.signals["drift"] > 2 * rate
+
+
+def test_an_adapter_that_learned_before_it_was_guarded_goes_back_to_the_source() -> None:
+    adapter = build("tent", batch_norm_net(), lr=1e-2)
+    source = adapter.state_dict()["adapted"]
+    for x in stream(2):
+        adapter(x)
+    guarded = Guarded(adapter, Limits(spike=0.0, drift_per_batch=0.0))
+    resumed = Guarded(build("tent", batch_norm_net(), lr=1e-2), Limits(spike=0.0, drift_per_batch=0.0))
+    resumed.load_state_dict(guarded.state_dict())
+    for one in (guarded, resumed):
+        one(stream()[2])
+        assert len(one.alarms) == 1
+        assert_same(one.adapter.state_dict()["adapted"], source)
+    assert_same(resumed.state_dict(), guarded.state_dict())
+
+
+def test_a_step_out_of_all_proportion_has_a_figure_that_rows_can_hold() -> None:
+    guarded = Guarded(build("tent", batch_norm_net(), lr=1e25))
+    guarded(stream()[0])
+    assert reasons(guarded) == ["drift"]
+    assert math.isfinite(guarded.nearest["drift"])
 
 
 def test_images_that_are_not_finite_teach_nothing_and_cost_nothing() -> None:
@@ -201,6 +249,14 @@ def test_refuses_a_state_that_does_not_fit() -> None:
         ({**before, "limits": {}}, "saved with limits"),
         ({**before, "adapter": other["adapter"]}, "option lr"),
         (None, "saved without guards"),
+        ({**before, "numbers": {**before["numbers"], "pause": -3}}, "damaged: numbers is .*'pause': -3"),
+        ({**before, "numbers": None}, "damaged: numbers is None"),
+        ({**before, "mean": [1]}, "damaged: mean is"),
+        ({**before, "mean": torch.zeros(2, 2)}, r"damaged: mean is \(2, 2\)"),
+        ({**before, "entropy": None}, "damaged: entropy is None"),
+        ({**before, "nearest": {"drift": "x"}}, "damaged: nearest is"),
+        ({**before, "alarms": [[1]]}, "damaged: alarms is"),
+        ({**before, "alarms": [[1, "fire", 0.0, 0.0]]}, "damaged: alarms is"),
     ):
         with pytest.raises(CheckpointError, match=message):
             guarded.load_state_dict(state)  # type: ignore[arg-type]

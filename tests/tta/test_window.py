@@ -66,5 +66,5 @@ def test_what_it_refuses() -> None:
     with pytest.raises(InputError, match="NaN"):
         window(torch.full((1, 3, 32, 32), torch.nan))
     assert window.counters["images"] == 1
-    with pytest.raises(CheckpointError, match="not that of a window of 2 images"):
+    with pytest.raises(CheckpointError, match="that of a window of 3 images, expected 2"):
         SlidingWindow(adapter, 2).load_state_dict(window.state_dict())

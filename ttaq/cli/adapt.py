@@ -18,12 +18,12 @@ from ttaq.cli.progress import ProgressLine
 from ttaq.data.corruptions import frost_source
 from ttaq.errors import InputError
 from ttaq.eval import Domains, RowFile, Stream, run
-from ttaq.eval.batch_size import Need, choose_batch_size, measure_need
+from ttaq.eval.batch_size import NO_LIMITS, Need, choose_batch_size, measure_need
 from ttaq.eval.checkpoint import refuse_what_is_there
 from ttaq.eval.datasets import choose_preprocessing
 from ttaq.eval.rows import cell_of
-from ttaq.eval.run import what_adapts
-from ttaq.tta import METHODS, Limits, Shadow, build
+from ttaq.eval.run import build_stepper, what_adapts
+from ttaq.tta import METHODS, Limits, build
 
 __all__ = ["IF_INTERRUPTED", "add_arguments", "execute"]
 
@@ -125,8 +125,10 @@ def _try_methods(
             if args.max_memory is not None:
                 shape = next(domains.batches(0))[0].shape[1:]
                 adapter = adapter.to(device)
-                stepper = Shadow(adapter, model.model) if args.shadow else adapter
-                needs.append(measure_need(stepper, shape, f"{method} on {model.info.scheme}"))
+                guards = NO_LIMITS if args.guards else None
+                stepper = build_stepper(adapter, model.model, 1, guards, args.shadow)
+                who = f"{method} on {model.info.scheme}"
+                needs.append(measure_need(stepper, shape, who, keeps_images=args.window > 1))
     return in_rows, needs
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from ttaq.errors import InputError
-from ttaq.eval.measure import adapter_of
-from ttaq.eval.memory_parts import HORIZON, MemoryParts, StepMemory
+from ttaq.eval.measure import Stepper, adapter_of, guarded_of
+from ttaq.eval.memory_parts import MemoryParts, StepMemory
 from ttaq.nn import AdaptiveBatchNorm2d
-from ttaq.tta import Adapter, Shadow
+from ttaq.tta import Adapter, Limits
 
-__all__ = ["FEWEST_FOR_STATISTICS", "Need", "choose_batch_size", "measure_need"]
+__all__ = ["FEWEST_FOR_STATISTICS", "NO_LIMITS", "Need", "choose_batch_size", "measure_need"]
 
 FEWEST_FOR_STATISTICS = 8
 """Of fewer images the statistics of a batch, down to one value per image and channel in the last layers, are noise."""
+
+NO_LIMITS = Limits(entropy=0, classes=0, batch_classes=0, spike=math.inf, drift=math.inf, drift_per_batch=math.inf)
+"""Guards that see no alarm but values that are not finite."""
 
 _PROBES = (2, 4)
 
@@ -29,44 +34,58 @@ class Need:
         who: method and model, for messages.
         fixed, per_image: bytes.
         fewest: images that the method needs to see at once.
+        layer: bytes per image of the largest layer when it answers. Where a step is not on its batch but on images that
+            the method keeps, this is what grows with the batch.
     """
 
     who: str
     fixed: MemoryParts
     per_image: MemoryParts
     fewest: int
+    layer: float = 0
 
     def at(self, images: int) -> MemoryParts:
         """For a batch of so many images."""
-        return self.fixed.combine(self.per_image, lambda fixed, each: fixed + each * images)
+        parts = self.fixed.combine(self.per_image, lambda fixed, each: fixed + each * images)
+        return replace(parts, layer=max(parts.layer, self.layer * images))
 
 
-def measure_need(stepper: Adapter | Shadow, shape: Sequence[int], who: str) -> Need:
+def measure_need(stepper: Stepper, shape: Sequence[int], who: str, *, keeps_images: bool = False) -> Need:
     """The need of a new adapter for images of `shape` [C, H, W], from steps on 2 and 4 random ones; resets it.
 
-    A method that does not learn from every batch gets more of them, until it has learned once.
+    Guards must be without limits (`NO_LIMITS`), since random images may well be beyond them.
+
+    keeps_images: a window around it will keep the images that it sees.
     """
     adapter = adapter_of(stepper)
-    _step(stepper, _PROBES[0], shape)  # in which layers make what they keep
+    stepper(_images(adapter, _PROBES[0], shape))  # in which layers make what they keep
     first, second = (_step(stepper, count, shape) for count in _PROBES)
     stepper.reset()
+    with StepMemory(adapter) as answering:
+        adapter.predict(_images(adapter, _PROBES[0], shape))
     per_image = second.combine(first, lambda two, one: (two - one) / (_PROBES[1] - _PROBES[0]))
     fixed = first.combine(per_image, lambda one, each: one - each * _PROBES[0])
-    return Need(who, fixed, per_image, FEWEST_FOR_STATISTICS if _takes_batch_statistics(adapter) else 1)
+    if keeps_images:
+        per_image = replace(per_image, state=per_image.state + 4 * math.prod(shape))
+    fewest = FEWEST_FOR_STATISTICS if _takes_batch_statistics(adapter) else 1
+    return Need(who, fixed, per_image, fewest, answering.parts.layer / _PROBES[0])
 
 
-def _step(stepper: Adapter | Shadow, count: int, shape: Sequence[int]) -> MemoryParts:
-    adapter = adapter_of(stepper)
+def _step(stepper: Stepper, count: int, shape: Sequence[int]) -> MemoryParts:
+    """What the largest step on so many images needs."""
+    adapter, guarded = adapter_of(stepper), guarded_of(stepper)
+    stepper.reset()
+    adapter.fill(shape)
+    with StepMemory(adapter, stepper) as memory:
+        stepper(_images(adapter, count, shape))
+    if guarded is not None:
+        guarded.keep()
+    return memory.parts
+
+
+def _images(adapter: Adapter, count: int, shape: Sequence[int]) -> Tensor:
     images = torch.rand(count, *shape, generator=torch.Generator().manual_seed(0))
-    images = images.to(next(adapter.model.parameters()).device, memory_format=torch.channels_last)
-    parts = MemoryParts()
-    for _ in range(HORIZON // count):
-        with StepMemory(adapter, stepper) as memory:
-            stepper(images)
-        parts = parts.combine(memory.parts, max)
-        if StepMemory.seen_all(adapter, parts):
-            break
-    return parts
+    return images.to(next(adapter.model.parameters()).device, memory_format=torch.channels_last)
 
 
 def _takes_batch_statistics(adapter: Adapter) -> bool:

@@ -15,13 +15,13 @@ from ttaq.errors import InputError
 from ttaq.eval.domains import Domains
 from ttaq.eval.latency import Latency
 from ttaq.eval.memory import PeakMemory
-from ttaq.eval.memory_parts import HORIZON, MemoryParts, StepMemory
+from ttaq.eval.memory_parts import MemoryParts, StepMemory, held
 from ttaq.eval.metrics import Scores
 from ttaq.eval.plan import Recipe, recipe_name
 from ttaq.tta import Adapter, Guarded, Shadow, SlidingWindow
 from ttaq.tta.stopwatch import Stopwatch
 
-__all__ = ["Measurement", "Pauses", "Progress", "Stepper", "adapter_of", "measure_domain"]
+__all__ = ["Measurement", "Pauses", "Progress", "Stepper", "adapter_of", "guarded_of", "measure_domain"]
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what is being done)."""
@@ -59,8 +59,8 @@ class Measurement:
         self.batches += 1
 
     def watches(self, adapter: Adapter, window: int) -> bool:
-        """Whether the next step has something to say of the memory: until the first that learns, for some images."""
-        return self._scores.count < max(HORIZON, window) and not StepMemory.seen_all(adapter, self._parts)
+        """Whether the next step has something to say of the memory: until one needs as much as any will."""
+        return self._scores.count < adapter.horizon + window - 1
 
     def add_memory(self, parts: MemoryParts) -> None:
         """What a step needed."""
@@ -127,7 +127,7 @@ def measure_domain(
 
     Latency is the time of `stepper(images)` per batch, prediction and update together and each for itself, in ms; the
     images are already on the device, in channels_last, and a GPU is waited for before and after. The parts of the
-    memory are those of the first batches, until the method has learned once.
+    memory are those of the first batches, until one needs as much as any will, with what is held at the end.
 
     Args:
         saved: of a `Measurement` of this domain, to go on from; the stepper is where it was then.
@@ -165,6 +165,7 @@ def measure_domain(
                 pauses.save(measured)
             if progress is not None:
                 progress(index * total + measured.batches, len(domains) * total, name)
+    measured.add_memory(held(adapter, stepper))
     return {
         "domain": name,
         "index": index,
@@ -176,11 +177,17 @@ def measure_domain(
 
 
 def _signals(stepper: Stepper) -> dict[str, Any]:
+    guarded = guarded_of(stepper)
+    return {} if guarded is None else {"signals": dict(guarded.nearest)}
+
+
+def guarded_of(stepper: Stepper) -> Guarded | None:
+    """What watches over the method inside windows and shadows, if anything does."""
     while not isinstance(stepper, Adapter):
         if isinstance(stepper, Guarded):
-            return {"signals": dict(stepper.nearest)}
+            return stepper
         stepper = stepper.adapter
-    return {}
+    return None
 
 
 def adapter_of(stepper: Stepper) -> Adapter:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ttaq.tta import Adapter
 
-__all__ = ["HORIZON", "MemoryParts", "StepMemory"]
+__all__ = ["MemoryParts", "StepMemory", "held"]
 
-HORIZON = 64
-"""Images within which a method that learns is expected to do so once; steps are watched until then."""
+_Place = tuple[int, int]
+"""Address and bytes of a storage."""
 
 
 @dataclass(frozen=True)
@@ -96,45 +96,46 @@ class StepMemory:
         for handle in self._handles:
             handle.remove()
 
-    @staticmethod
-    def seen_all(adapter: Adapter, parts: MemoryParts) -> bool:
-        """Whether there is nothing more to see after `parts`: the method learned, or never does."""
-        return parts.activations > 0 or (parts.weights > 0 and not adapter.parameters_adapted())
-
     @property
     def parts(self) -> MemoryParts:
         """What the step needed."""
-        fixed = self._fixed()  # with what layers made in this step, if it was the first, and keep for the next
-        weights, optimizer, state = (sum(part.values()) for part in fixed)
+        # With what layers made in this step, if it was the first, and keep for the next.
+        fixed = _fixed(self._adapter, self._holder)
         gradients = sum(_storages(parameter for _, parameter in self._adapter.parameters_adapted()).values())
         activations = self._saved.most({key for part in fixed for key in part})
+        weights, optimizer, state = (sum(part.values()) for part in fixed)
         return MemoryParts(weights, optimizer, state, gradients, activations, self._layer)
-
-    def _fixed(self) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
-        """Weights, optimizer and state: bytes by the place of the storage, each in the first of them that has it."""
-        model = self._adapter.model
-        weights = _storages([*model.parameters(), *model.buffers()])
-        moments = [] if self._adapter.optimizer is None else [*_tensors(dict(self._adapter.optimizer.state), set())]
-        optimizer = {key: size for key, size in _storages(moments).items() if key not in weights}
-        everything = _storages(_tensors(self._holder, set()))
-        state = {key: size for key, size in everything.items() if key not in weights and key not in optimizer}
-        return weights, optimizer, state
 
     def _see_layer(self, module: nn.Module, inputs: tuple[object, ...], output: object) -> None:  # noqa: ARG002
         self._layer = max(self._layer, sum(_storages(_tensors([*inputs, output], set())).values()))
+
+
+def held(adapter: Adapter, holder: object) -> MemoryParts:
+    """What is there between two steps: weights, optimizer and state of an adapter and of what holds it."""
+    return MemoryParts(*(sum(part.values()) for part in _fixed(adapter, holder)))
+
+
+def _fixed(adapter: Adapter, holder: object) -> tuple[dict[_Place, int], dict[_Place, int], dict[_Place, int]]:
+    """Weights, optimizer and state: bytes by the place of the storage, each in the first of them that has it."""
+    weights = _storages([*adapter.model.parameters(), *adapter.model.buffers()])
+    moments = [] if adapter.optimizer is None else [*_tensors(dict(adapter.optimizer.state), set())]
+    optimizer = {key: size for key, size in _storages(moments).items() if key not in weights}
+    everything = _storages(_tensors(holder, set()))
+    state = {key: size for key, size in everything.items() if key not in weights and key not in optimizer}
+    return weights, optimizer, state
 
 
 class _SavedTensors(torch.autograd.graph.saved_tensors_hooks):
     """What graphs keep alive, in the order in which they take hold of it and let it go."""
 
     def __init__(self) -> None:
-        self.events: list[tuple[int, int, int]] = []
+        self.events: list[tuple[int, _Place, int]] = []
         """+1 or -1, where the storage is, its bytes."""
         super().__init__(lambda tensor: _Saved(tensor, self.events), lambda saved: saved.tensor)
 
-    def most(self, known: Container[int]) -> int:
+    def most(self, known: Container[_Place]) -> int:
         """The most bytes that were alive at one time, without storages that are known."""
-        most, now, holders = 0, 0, Counter[int]()
+        most, now, holders = 0, 0, Counter[_Place]()
         for change, key, size in self.events:
             if key in known:
                 continue
@@ -148,7 +149,7 @@ class _SavedTensors(torch.autograd.graph.saved_tensors_hooks):
 class _Saved:
     """What autograd keeps in the place of a tensor."""
 
-    def __init__(self, tensor: Tensor, events: list[tuple[int, int, int]]) -> None:
+    def __init__(self, tensor: Tensor, events: list[tuple[int, _Place, int]]) -> None:
         self.tensor = tensor
         self._events = events
         self._what = [*_storages([tensor]).items()]
@@ -158,10 +159,10 @@ class _Saved:
         self._events.extend((-1, *what) for what in self._what)
 
 
-def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Bytes of each storage by where it is."""
+def _storages(tensors: Iterable[Tensor]) -> dict[_Place, int]:
+    """Bytes of each storage by where it is. What one gave back may be another's soon, but hardly of the same size."""
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.layout is torch.strided]
-    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
+    return {(storage.data_ptr(), storage.nbytes()): storage.nbytes() for storage in storages if storage.nbytes()}
 
 
 def _tensors(value: object, seen: set[int]) -> Iterator[Tensor]:

@@ -22,7 +22,7 @@ from ttaq.io import model_hash
 from ttaq.tta import METHODS, Adapter, Guarded, Limits, Shadow, SlidingWindow
 from ttaq.version import __version__
 
-__all__ = ["ModelInfo", "run"]
+__all__ = ["ModelInfo", "build_stepper", "run", "what_adapts"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ def run(
     info = info or ModelInfo.of(model)
     if source_images is None and method in METHODS and METHODS[method].source_images:
         source_images = domains.source_images(METHODS[method].source_images)
-    adapter = ttaq.tta.build(method, model, source_images=source_images, **dict(options or {})).to(device)
+    chosen = dict(options or {})
+    adapter = ttaq.tta.build(method, model, source_images=source_images, seed=domains.stream.seed, **chosen).to(device)
     # torch's annotations do not know this form of `to`.
     adapter = adapter.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     base: Row = {
@@ -131,7 +132,7 @@ def run(
         checkpoint.forget()
         return []
 
-    stepper = _stepper(adapter, model, domains.stream.window, guards, shadow)
+    stepper = build_stepper(adapter, model, domains.stream.window, guards, shadow)
     appended: list[Row] = []
     start, inside = 0, None
     saved = checkpoint.load()
@@ -179,7 +180,8 @@ def _learns(adapter: Adapter) -> bool:
     return bool(adapter.parameters_adapted() or adapter.buffers_adapted())
 
 
-def _stepper(adapter: Adapter, model: nn.Module, window: int, guards: Limits | None, shadow: bool) -> Stepper:
+def build_stepper(adapter: Adapter, model: nn.Module, window: int, guards: Limits | None, shadow: bool) -> Stepper:
+    """The adapter with what is around it: guards if it learns, a window of more than one image, a shadow."""
     guarded = adapter if guards is None or not _learns(adapter) else Guarded(adapter, guards)
     stepper = guarded if window == 1 else SlidingWindow(guarded, window)
     if not shadow:

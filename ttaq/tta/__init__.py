@@ -36,16 +36,21 @@ METHODS: dict[str, type[Adapter]] = {
 }
 
 
-def build(name: str, model: nn.Module, *, source_images: Tensor | None = None, **options: object) -> Adapter:
+def build(
+    name: str, model: nn.Module, *, source_images: Tensor | None = None, seed: int = 0, **options: object
+) -> Adapter:
     """The method called `name` on `model`: `build("tent", model, lr=1e-3)` is `Tent(model, lr=1e-3)`.
 
     source_images: [N, C, H, W] of the data that the model was trained on, for the methods whose `source_images` says
     how many they want; the others ignore them.
+    seed: of the method's own random numbers, from 0 below 2^31.
 
-    `InputError`, naming what there is, for an unknown method or option.
+    `InputError`, naming what there is, for an unknown method or option, and for a seed out of range.
     """
     if name not in METHODS:
         raise InputError(f"build: unknown method {name!r}, expected one of {', '.join(sorted(METHODS))}")
+    if type(seed) is not int or not 0 <= seed < 2**31:
+        raise InputError(f"build: seed is {seed!r}, expected an integer from 0 below 2^31")
     method: Callable[..., Adapter] = METHODS[name]
     if METHODS[name].source_images:
         options = {"source_images": source_images, **options}
@@ -55,4 +60,6 @@ def build(name: str, model: nn.Module, *, source_images: Tensor | None = None, *
     except TypeError as error:
         known = [str(option.replace(annotation=option.empty)) for option in signature.parameters.values()][1:]
         raise InputError(f"build: {name}: {error}; its options are {', '.join(known)}") from error
-    return method(model, **options)
+    adapter = method(model, **options)
+    adapter.seed = seed
+    return adapter

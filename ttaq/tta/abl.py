@@ -15,7 +15,10 @@ entropy would cause, g_ic = -p_ic (ln p_ic + H_i) / B::
     r_c         =  1 ("frequency"),  Phi_c / mean Phi ("gradient"),  min Phi / Phi_c ("inverse"),
                    and "soft": frequency from p, Phi a running mean with momentum m, r = Phi / mean Phi
 
-The floor keeps ln pi finite for classes that have not come yet.
+The floor keeps ln pi finite for classes that have not come yet. Unless it is given, the momentum remembers as many
+images as let each class come five times, and ten batches at least::
+
+    m = max(0.9, 1 - B / (5 C))                                            0.9 for 10 classes, 0.99 for 1,000, B = 50
 
 The answer may follow the classes of the batch, where they are not those of the stream so far: where a stream comes in
 bursts. With the shares of the batch v = mean_i p_i, those of the stream u (a running mean of v, floored like pi), and
@@ -65,7 +68,7 @@ class Balance(nn.Module):
     shares: Tensor
 
     def __init__(
-        self, classes: int, *, prior: str, loss: str, weight: float, momentum: float, answer: float = 0.0
+        self, classes: int, *, prior: str, loss: str, weight: float, momentum: float | None, answer: float = 0.0
     ) -> None:
         super().__init__()
         for name, got, known in (("abl", prior, get_args(Prior)), ("abl_loss", loss, get_args(Loss))):
@@ -74,13 +77,20 @@ class Balance(nn.Module):
         for name, number in (("abl_weight", weight), ("abl_answer", answer)):
             if not isinstance(number, int | float) or not 0 <= number < float("inf"):
                 raise InputError(f"Balance: {name} is {number!r}, expected a number >= 0")
-        if not isinstance(momentum, int | float) or not 0 <= momentum < 1:
-            raise InputError(f"Balance: abl_momentum is {momentum!r}, expected a number in [0, 1)")
-        self.prior, self.loss, self.weight, self.momentum = prior, loss, float(weight), float(momentum)
+        if momentum is not None and (not isinstance(momentum, int | float) or not 0 <= momentum < 1):
+            raise InputError(f"Balance: abl_momentum is {momentum!r}, expected a number in [0, 1), or None")
+        self.prior, self.loss, self.weight, self.momentum = prior, loss, float(weight), momentum
         self.answer = float(answer)
         self.register_buffer("pi", torch.full((classes,), 1 / classes))
         self.register_buffer("phi", torch.zeros(classes))
         self.register_buffer("shares", torch.full((classes,), 1 / classes))
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Back to the beginning."""
+        self.pi.fill_(1 / len(self.pi))
+        self.phi.zero_()
+        self.shares.fill_(1 / len(self.shares))
 
     @property
     def needs_features(self) -> bool:
@@ -121,6 +131,7 @@ class Balance(nn.Module):
     def observe(self, logits: Tensor, features: Tensor | None, weights: Tensor | None) -> None:
         """Take a batch into the prior: all of its samples; `weights` tell whose gradient counts."""
         classes = len(self.pi)
+        momentum = max(0.9, 1 - len(logits) / (5 * classes)) if self.momentum is None else self.momentum
         p = logits.float().softmax(1)
         if self.prior == "soft":
             frequency = p.mean(0)
@@ -134,12 +145,12 @@ class Balance(nn.Module):
                 gradient = gradient * weights.float().unsqueeze(1)
             norms = (gradient.T @ features.float()).norm(dim=1)
             if self.prior == "soft":
-                running_mean_(self.phi, norms, self.momentum)
+                running_mean_(self.phi, norms, momentum)
             else:
                 running_mean_(self.phi, self.phi + norms, 0.0)
             phi = self.phi.float().clamp(min=1e-30)
             ratio = phi.min() / phi if self.prior == "inverse" else phi / phi.mean()
         for buffer, value in ((self.pi, frequency * ratio), (self.shares, p.mean(0))):
-            running_mean_(buffer, value, self.momentum)
+            running_mean_(buffer, value, momentum)
             floored = buffer.clamp(min=_FLOOR / classes)
             buffer.copy_(floored / floored.sum())

@@ -37,9 +37,12 @@ class Adapter(nn.Module):
     counters, and buffers changed in place, which the method registers on itself before `adapt` (made outside
     inference mode, as here: `@torch.inference_mode(False)` on `__init__`) or are buffers of the model, such as running
     statistics, that it names to `adapt`. `step` gets x detached, with gradients enabled; a forward of `self.model`
-    alone changes nothing. Random numbers come from `generator`, whose seed is the number of the batch, so that there
-    is no state of theirs to keep.
+    alone changes nothing. Random numbers come from `generator`, whose seed is made of `seed` and the number of the
+    batch, so that there is no state of theirs to keep.
 
+    seed: of the random numbers, 0 unless it is set before the first batch.
+    augments: a step needs images of three channels, to change their colours.
+    horizon: images after which a step needs as much memory as it ever will; more than one where steps are not alike.
     resizable: names of buffers that begin with 0 elements and take their shape, but for the first dimension, from the
         first images that come.
     waits: the step reads values of tensors on the host, which on a GPU waits for it; False wherever it can be.
@@ -55,6 +58,7 @@ class Adapter(nn.Module):
     waits: ClassVar[bool] = False
     tallies: ClassVar[tuple[str, ...]] = ()
     stopwatch: Stopwatch | None = None
+    seed: int = 0
     _tally: Tensor
 
     @torch.inference_mode(False)
@@ -63,6 +67,7 @@ class Adapter(nn.Module):
         if not isinstance(model, nn.Module) or isinstance(model, Adapter):
             raise InputError(f"{self._who}: got {type(model).__name__}, expected the bare model, a torch.nn.Module")
         self.model = adapt_norms(copy.deepcopy(model)).eval().requires_grad_(False)
+        self.model.register_forward_hook(_SameClasses(self._who))
         self.options = dict(options)
         self.check_finite = check_finite
         self._seen = {"batches": 0, "samples": 0}
@@ -183,7 +188,20 @@ class Adapter(nn.Module):
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         """Random numbers of this batch and of no other: the same in `step`, in `answer` and after a resumption."""
-        return torch.Generator(device).manual_seed(self._seen["batches"])
+        # Of a seed torch's CPU generator reads 32 bits. An odd factor of that size keeps streams of seeds apart.
+        return torch.Generator(device).manual_seed((self._seen["batches"] + 0x9E3779B1 * self.seed) % 2**32)
+
+    @property
+    def augments(self) -> bool:
+        return False
+
+    @property
+    def horizon(self) -> int:
+        return 1
+
+    def fill(self, shape: Sequence[int]) -> None:
+        """Make what grows with a stream of images of `shape` [C, H, W] as large as it can be, and the next step the
+        largest: for measuring. `reset` undoes it."""
 
     @torch.inference_mode(False)
     def forward(self, x: Tensor) -> Tensor:
@@ -226,8 +244,8 @@ class Adapter(nn.Module):
     def state_dict(self, *args: object, **kwargs: object) -> dict[str, Any]:  # type: ignore[override]
         """What distinguishes this adapter from a new one, in copies that later steps do not change.
 
-        `method`, `options`, `source` (hash of the source model, as in the header of its file), `counters`, and by name
-        the tensors `adapted`, `optimizer` and `extra`. Not the weights of the model.
+        `method`, `options`, `seed`, `source` (hash of the source model, as in the header of its file), `counters`, and
+        by name the tensors `adapted`, `optimizer` and `extra`. Not the weights of the model.
         """
         if args or kwargs:
             raise InputError(
@@ -264,6 +282,11 @@ class Adapter(nn.Module):
         """The images, if they can be used, detached and made ready for autograd."""
         some = next(itertools.chain(self.model.parameters(), self.model.buffers()), None)
         x = check_images(self._who, x, device=None if some is None else some.device, finite=self.check_finite)
+        if self.augments and x.shape[1] != 3:
+            raise InputError(
+                f"{self._who}: images have shape {tuple(x.shape)}, expected [B, 3, H, W], whose colours it can change; "
+                f"repeat the channel, or use 'tent'"
+            )
         x = x.clone() if x.is_inference() else x.detach()
         kind = (x.shape[1:], x.dtype, torch.is_autocast_enabled(x.device.type))
         if kind not in self._accepted:
@@ -312,7 +335,7 @@ class Adapter(nn.Module):
             initial |= {id(self.get_buffer(name)): self._initial["extra"][name] for name in self._buffers_adapted}
             state = self.model.state_dict(keep_vars=True)
             self._source = hash_tensors({n: initial.get(id(v), v) for n, v in state.items() if isinstance(v, Tensor)})
-        return {"method": self.method, "options": dict(self.options), "source": self._source}
+        return {"method": self.method, "options": dict(self.options), "seed": self.seed, "source": self._source}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """`.to()` and its kin: what nn.Module does not know of moves along."""
@@ -326,6 +349,26 @@ class Adapter(nn.Module):
         self._source = None
         self._accepted.clear()
         return self
+
+
+class _SameClasses:
+    """A forward hook: `InputError` for logits of another number of classes than the first, before anything learns from
+    them. It holds nothing of the adapter, so that its model can be copied by itself."""
+
+    def __init__(self, who: str) -> None:
+        self._who = who
+        self._classes: int | None = None
+
+    def __call__(self, model: nn.Module, inputs: tuple[object, ...], logits: object) -> None:  # noqa: ARG002
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            return
+        if self._classes is None:
+            self._classes = logits.shape[1]
+        if logits.shape[1] != self._classes:
+            raise InputError(
+                f"{self._who}: the model answers with {logits.shape[1]} classes, expected {self._classes} as before; "
+                f"build an adapter for each model"
+            )
 
 
 @torch.inference_mode(False)

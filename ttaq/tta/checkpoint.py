@@ -15,13 +15,13 @@ __all__ = ["check_state"]
 def check_state(who: str, state: Mapping[str, Any], own: Mapping[str, Any], resizable: Collection[str] = ()) -> None:
     """Raise `CheckpointError` in the name of `who` unless `state` can be loaded where `own` is the present state.
 
-    Same method, same options, same source hash; counters that count; and in every other part the same names with
-    tensors of the same shape and dtype; of those in `resizable` the first dimension.
+    Same method, same options, same seed, same source hash; counters that count; and in every other part the same names
+    with tensors of the same shape and dtype; of those in `resizable` the first dimension.
     """
     _same_names(who, "the state", state, own)
     _same_names(who, "options", state["options"], own["options"])
     _same_names(who, "counters", state["counters"], own["counters"])
-    identity = {key: (state[key], own[key]) for key in ("method", "source")}
+    identity = {key: (state[key], own[key]) for key in ("method", "seed", "source")}
     identity |= {f"option {key}": (state["options"][key], own["options"][key]) for key in own["options"]}
     for what, (got, expected) in identity.items():
         if isinstance(got, Tensor) or got != expected:
@@ -32,7 +32,7 @@ def check_state(who: str, state: Mapping[str, Any], own: Mapping[str, Any], resi
     for name, count in state["counters"].items():
         if type(count) is not int or count < 0:
             raise CheckpointError(f"{who}: counter {name} is {count!r}, expected an integer >= 0; the state is damaged")
-    for part in own.keys() - {"method", "options", "source", "counters"}:
+    for part in own.keys() - {"method", "options", "seed", "source", "counters"}:
         _same_names(who, part, state[part], own[part])
         for name, tensor in own[part].items():
             free = name in resizable

@@ -12,7 +12,7 @@ from ttaq.data.augment import augment
 from ttaq.errors import InputError
 from ttaq.nn.integer import IntegerLayer
 from ttaq.tta.norm_learner import NormLearner, NormOptions
-from ttaq.tta.teacher import Teacher, forward_with
+from ttaq.tta.teacher import Teacher, forward_with, values_in
 from ttaq_kernels import softmax_cross_entropy
 
 __all__ = ["CoTTA", "live_parameters"]
@@ -102,6 +102,10 @@ class CoTTA(NormLearner):
             raise InputError(f"CoTTA: augmentations is {chosen.augmentations!r}, expected an integer of at least 1")
         self.teacher = Teacher(affine)
 
+    @property
+    def augments(self) -> bool:
+        return True
+
     def step(self, x: Tensor) -> Tensor:
         """The logits of the teacher, then a step of the student, one of the teacher, and some forgetting."""
         generator = self.generator()
@@ -124,10 +128,11 @@ class CoTTA(NormLearner):
         names = [name for name, _ in self.parameters_adapted()]
         source = forward_with(self.model, dict(zip(names, self.source_values, strict=True)), x)
         confidence = source.float().softmax(1).amax(1).mean()
-        plain = self.teacher(self.model, x)
-        total = torch.zeros_like(plain, dtype=torch.float32)
-        for _ in range(self.settings.augmentations):
-            total += self.teacher(self.model, augment(x, generator))
+        with values_in(self.model, self.teacher.values()):
+            plain: Tensor = self.model(x)
+            total = torch.zeros_like(plain, dtype=torch.float32)
+            for _ in range(self.settings.augmentations):
+                total += self.model(augment(x, generator))
         versions = (total / self.settings.augmentations).to(plain.dtype)
         return torch.where(confidence < self.settings.confidence, versions, plain)
 

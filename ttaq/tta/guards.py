@@ -33,7 +33,7 @@ class Limits:
     batch_classes: the same of one batch of at least 16 images, as a share of what so many images can have.
     spike: how far the entropy of one batch may lie above its running mean.
     drift: ||theta - theta0|| / ||theta0|| over weight and bias of the norms. drift_per_batch: the same for each batch
-        since adaptation began or was last taken back.
+        that the present state has learned from.
     snapshot_every: batches without an alarm after which a state counts as good. pause: batches that follow an alarm
         without learning; each further alarm doubles it, up to 64 times.
     """
@@ -98,16 +98,22 @@ class Guarded:
             raise InputError(f"Guarded: got {type(adapter).__name__}, expected an adapter of ttaq.tta")
         self.adapter = adapter
         self.limits = limits or Limits()
-        self.signals: dict[str, float] = {}
-        self.nearest: dict[str, float] = {}
-        self.alarms: list[Alarm] = []
         self._begin()
 
     def _begin(self) -> None:
-        self.alarms, self.nearest = [], {}
-        self._good = self._source = self.adapter.state_dict()
-        self._numbers = dict.fromkeys(("batches", "since", "pause", "paused", "strikes"), 0)
+        self.signals: dict[str, float] = {}
+        self.nearest: dict[str, float] = {}
+        self.alarms: list[Alarm] = []
+        self._numbers = dict.fromkeys(("batches", "since", "pause", "paused", "strikes", "age", "good_age"), 0)
+        # An adapter may have learned before it is guarded.
+        self._numbers["age"] = self.adapter.counters["batches"]
+        self.keep()
         self._forget()
+
+    def keep(self) -> None:
+        """Take the present state for a good one: the one to go back to."""
+        self._good = self.adapter.state_dict()
+        self._numbers["good_age"] = self._numbers["age"]
 
     def _forget(self) -> None:
         """The running means belong to the state that was left. They begin where nothing is wrong."""
@@ -134,10 +140,11 @@ class Guarded:
             numbers["paused"] += 1
             return logits
         numbers["since"] += 1
+        numbers["age"] += 1
         alarm = self._judge(logits)
         if alarm is None:
             if self.limits.snapshot_every and numbers["since"] % self.limits.snapshot_every == 0:
-                self._good = self.adapter.state_dict()
+                self.keep()
                 numbers["strikes"] = max(numbers["strikes"] - 1, 0)
             return logits
         self.alarms.append(alarm)
@@ -184,7 +191,7 @@ class Guarded:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was called. CheckpointError, nothing changed, for a state that does not fit."""
         own = self.state_dict()
-        if not isinstance(state, Mapping) or set(state) != set(own) or set(state["numbers"]) != set(self._numbers):
+        if not isinstance(state, Mapping) or set(state) != set(own):
             raise CheckpointError(
                 "Guarded: the state is not one of a guarded adapter; it is damaged or was saved without guards"
             )
@@ -192,6 +199,7 @@ class Guarded:
             raise CheckpointError(
                 f"Guarded: the state was saved with limits {state['limits']}, expected {own['limits']}; use the same"
             )
+        alarms = self._check_state(state)
         # The good state is checked by loading it: it becomes the present one for a moment.
         before = own["adapter"]
         try:
@@ -201,19 +209,46 @@ class Guarded:
             self.adapter.load_state_dict(before)
             raise
         self._good, self._numbers, self._entropy = state["good"], dict(state["numbers"]), float(state["entropy"])
-        self.nearest = dict(state["nearest"])
+        self.signals, self.nearest, self.alarms = {}, dict(state["nearest"]), alarms
         device = next(self.model.parameters()).device
         self._mean = None if state["mean"] is None else state["mean"].to(device)
-        self.alarms = [Alarm(*alarm) for alarm in state["alarms"]]
+
+    def _check_state(self, state: Mapping[str, Any]) -> list[Alarm]:
+        """That what is not the adapter's is what `state_dict` makes; its alarms."""
+        numbers, mean, entropy, nearest = (state[name] for name in ("numbers", "mean", "entropy", "nearest"))
+        problem = None
+        if not isinstance(numbers, Mapping) or set(numbers) != set(self._numbers):
+            problem = f"numbers is {numbers!r}, expected {', '.join(self._numbers)}"
+        elif any(type(number) is not int or number < 0 for number in numbers.values()):
+            problem = f"numbers is {numbers!r}, expected integers from 0"
+        elif not (mean is None or (isinstance(mean, Tensor) and mean.ndim == 1 and mean.is_floating_point())):
+            problem = f"mean is {tuple(mean.shape) if isinstance(mean, Tensor) else mean!r}, expected [classes] or None"
+        elif not isinstance(entropy, float):
+            problem = f"entropy is {entropy!r}, expected a number"
+        elif not isinstance(nearest, Mapping) or any(not isinstance(value, float) for value in nearest.values()):
+            problem = f"nearest is {nearest!r}, expected numbers by name"
+        try:
+            alarms = [Alarm(*alarm) for alarm in state["alarms"]]
+            known = all(type(alarm.batch) is int and alarm.reason in REASONS for alarm in alarms)
+        except TypeError:
+            known = False
+        if not known:
+            problem = f"alarms is {state['alarms']!r}, expected a list of (batch, reason, value, limit)"
+        if problem is not None:
+            raise CheckpointError(f"Guarded: the state is damaged: {problem}")
+        return alarms
 
     def _take_back(self) -> None:
         numbers = self._numbers
-        if numbers["since"] < self.limits.snapshot_every:
-            self._good = self._source
         now = self.adapter.state_dict()
+        if numbers["since"] < self.limits.snapshot_every:
+            self.adapter.reset()
+            numbers["age"] = 0
+            self.keep()
         good = {**self._good, "counters": now["counters"]}
         good["extra"] = {**good["extra"], "_tally": now["extra"]["_tally"]}  # what was counted did happen
         self.adapter.load_state_dict(good)
+        numbers["age"] = numbers["good_age"]
         numbers["pause"] = self.limits.pause << min(numbers["strikes"], _MOST_DOUBLINGS)
         numbers["strikes"] += 1
         numbers["since"] = 0
@@ -240,7 +275,8 @@ class Guarded:
         now, source = self._watched()
         if now:
             norms = [torch.stack(torch._foreach_norm(v)).norm() for v in (torch._foreach_sub(now, source), source)]
-            drift = (norms[0] / norms[1]).to(entropy.dtype)
+            most = torch.finfo(torch.float32).max  # beyond what squares in float32 can say
+            drift = (norms[0] / norms[1].clamp(min=1e-30)).float().nan_to_num(nan=most, posinf=most)
         values: list[float] = torch.stack([finite.to(entropy.dtype), entropy, diversity, own_diversity, drift]).tolist()
         return values
 
@@ -255,13 +291,13 @@ class Guarded:
         keep = math.exp(-batch / _HORIZON)
         self._entropy = keep * self._entropy + (1 - keep) * entropy
         own = own / math.log(min(batch, classes)) if batch >= _FEWEST else 1.0
-        since, limits = max(self._numbers["since"], 1), self.limits
+        limits = self.limits
         self.signals = {
             "entropy": self._entropy,
             "classes": diversity,
             "batch_classes": own,
             "spike": rise,
-            "drift_per_batch": drift / since,
+            "drift_per_batch": drift / max(self._numbers["age"], 1),
             "drift": drift,
         }
         for name, value in self.signals.items():

@@ -26,9 +26,10 @@ class NormOptions:
     lr: learning rate. optimizer: "adam" (betas 0.9, 0.999) or "sgd" (`momentum`, `nesterov`, dampening 0); no weight
         decay.
     abl: None, or the prior of the adaptive balance loss (`ttaq.tta.abl`): "frequency", "gradient", "inverse" or
-        "soft". abl_loss: "soft", "hard" or "offset". abl_weight: of its term, 0 for none. abl_momentum: of the prior.
-        abl_answer: how much the answer follows the classes of the batch where they are not those of the stream so far,
-        0 for not at all; 1 is Bayes' rule where, without batch norm, no image changes what is seen in another.
+        "soft". abl_loss: "soft", "hard" or "offset". abl_weight: of its term, 0 for none. abl_momentum: of the prior,
+        None for what the number of classes asks for. abl_answer: how much the answer follows the classes of the batch
+        where they are not those of the stream so far, 0 for not at all; 1 is Bayes' rule where, without batch norm, no
+        image changes what is seen in another.
     """
 
     lr: float = 1e-3
@@ -38,7 +39,7 @@ class NormOptions:
     abl: str | None = None
     abl_loss: str = "soft"
     abl_weight: float = 1.0
-    abl_momentum: float = 0.9
+    abl_momentum: float | None = None
     abl_answer: float = 4.0
 
 

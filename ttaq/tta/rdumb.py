@@ -22,7 +22,8 @@ class RDumbOptions(ETAOptions):
 
 
 class RDumb(ETA):
-    """ETA whose parameters, optimizer and mean prediction return to the source after every `reset_every` batches.
+    """ETA whose parameters, optimizer, mean prediction and balance of the classes, where it is on, return to the source
+    after every `reset_every` batches.
 
     Args:
         reset_every: 1,000 in the paper.
@@ -52,4 +53,6 @@ class RDumb(ETA):
         if (self._seen["batches"] + 1) % self.settings.reset_every == 0:
             self.restore(torch.ones((), dtype=torch.bool, device=logits.device))
             self.mean_prediction.zero_()
+            if self.balance is not None:
+                self.balance.forget()
         return logits

@@ -128,6 +128,10 @@ class RMT(NormLearner):
         """Logits and features of the student, with gradients."""
         return logits_and_features(self.model, x, self._head, "RMT", detach=False)
 
+    @property
+    def augments(self) -> bool:
+        return True
+
     def step(self, x: Tensor) -> Tensor:
         """The logits of student and teacher, then a step of each."""
         taught: Tensor = self.teacher(self.model, x)

@@ -81,6 +81,10 @@ class ROID(NormLearner):
         mean = some.new_full((self.classes,), 1 / self.classes, dtype=torch.float32)
         self.register_buffer("mean_prediction", mean)
 
+    @property
+    def augments(self) -> bool:
+        return self.settings.consistency
+
     def step(self, x: Tensor) -> Tensor:
         """The corrected logits, then one step."""
         logits, features = self.see(x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -192,6 +192,23 @@ class RoTTA(NormLearner):
 
     def changing_buffers(self) -> list[str]:
         return [f"{name}.{key}" for name in self._norms for key in ("running_mean", "running_var")]
+
+    @property
+    def augments(self) -> bool:
+        return True
+
+    @property
+    def horizon(self) -> int:
+        """Until there is a step with a full bank."""
+        every = self.settings.update_every
+        return every * math.ceil(self.settings.capacity / every)
+
+    def fill(self, shape: Sequence[int]) -> None:
+        """A bank that has an image in every place, and a step with the next image."""
+        count = self.settings.capacity
+        images = torch.zeros(count, *shape, device=self.bank.ages.device)
+        self.bank.take(images, [place % self.classes for place in range(count)], [0.0] * count)
+        self._seen["samples"] = self.settings.update_every - 1
 
     def step(self, x: Tensor) -> Tensor:
         """The logits of the teacher, then the bank and, when it is time, a step of each."""

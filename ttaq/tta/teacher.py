@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-__all__ = ["Teacher", "forward_with"]
+__all__ = ["Teacher", "forward_with", "values_in"]
 
 
 class Teacher(nn.Module):
@@ -48,7 +48,15 @@ class Teacher(nn.Module):
 
 @torch.no_grad()
 def forward_with(model: nn.Module, values: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """`model(x)`, without gradients, with these values for parameters and buffers, by name; the model stays as it is.
+    """`model(x)`, without gradients, with `values_in` it; the model stays as it is."""
+    with values_in(model, values):
+        logits: Tensor = model(x)
+    return logits
+
+
+@contextmanager
+def values_in(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the block `model` has these values for parameters and buffers, by name; for several forwards.
 
     Every layer that reads a tensor of `model` gets the value, under whatever names the model has it.
     """
@@ -56,12 +64,17 @@ def forward_with(model: nn.Module, values: Mapping[str, Tensor], x: Tensor) -> T
     for name, value in values.items():
         path, _, key = name.rpartition(".")
         own[getattr(model.get_submodule(path), key)] = value
-    places = {}
-    for name, module in model.named_modules():
-        for key, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):
-            if tensor is not None and tensor in own:
-                places[f"{name}.{key}" if name else key] = own[tensor]
-    # Each layer once: tie_weights would set a layer that has two names twice, and put the first value back as if it
-    # had been the layer's own.
-    logits: Tensor = functional_call(model, places, (x,), tie_weights=False)
-    return logits
+    places: list[tuple[dict[str, Any], str, Tensor]] = [
+        (tensors, key, tensor)
+        for module in model.modules()
+        for tensors in (module._parameters, module._buffers)
+        for key, tensor in tensors.items()
+        if tensor is not None and tensor in own
+    ]
+    try:
+        for tensors, key, tensor in places:
+            tensors[key] = own[tensor]
+        yield
+    finally:
+        for tensors, key, tensor in places:
+            tensors[key] = tensor

@@ -75,10 +75,21 @@ class SlidingWindow:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was called. CheckpointError, nothing changed, for a state of another window."""
-        if set(state) != {"adapter", "length", "seen", "images"} or state["length"] != self.length:
+        if not isinstance(state, Mapping) or set(state) != {"adapter", "length", "seen", "images"}:
             raise CheckpointError(
-                f"SlidingWindow: the state is not that of a window of {self.length} images (its length: "
-                f"{state.get('length')}); use the length it was saved with"
+                "SlidingWindow: the state is not one of a window; it is damaged or was saved without a window"
+            )
+        if state["length"] != self.length:
+            raise CheckpointError(
+                f"SlidingWindow: the state is that of a window of {state['length']!r} images, expected {self.length}; "
+                f"use the length it was saved with"
+            )
+        images, seen = state["images"], state["seen"]
+        kept = 0 if images is None else len(images) if isinstance(images, Tensor) and images.ndim == 4 else -1
+        if type(seen) is not int or kept != min(seen, self.length):
+            raise CheckpointError(
+                f"SlidingWindow: the state is damaged: {kept if kept >= 0 else 'no'} images in the window after "
+                f"{seen!r}, expected the last ones, at most {self.length}, [N, C, H, W]"
             )
         self.adapter.load_state_dict(state["adapter"])
         device = next(self.adapter.model.parameters()).device
