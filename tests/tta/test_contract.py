@@ -483,6 +483,25 @@ def test_the_finite_check_is_the_only_synchronisation(name: str, net: str, check
     assert syncs.count == check_finite
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@methods
+@nets
+def test_no_step_waits_for_a_gpu(name: str, net: str) -> None:
+    adapter = make(name, net, check_finite=False).cuda()
+    first, second = (x.cuda() for x in stream(2))
+    adapter(first)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        if adapter.waits:
+            with pytest.raises(RuntimeError, match="synchronizing"):
+                adapter(second)
+        else:
+            adapter(second)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @methods
 def test_without_the_finite_check_nothing_is_refused_for_its_values(name: str) -> None:
     make(name, check_finite=False).predict(torch.full((1, 3, 8, 8), float("nan")))

@@ -282,15 +282,15 @@ class Adapter(nn.Module):
         """The images, if they can be used, detached and made ready for autograd."""
         some = next(itertools.chain(self.model.parameters(), self.model.buffers()), None)
         x = check_images(self._who, x, device=None if some is None else some.device, finite=self.check_finite)
-        if self.augments and x.shape[1] != 3:
-            raise InputError(
-                f"{self._who}: images have shape {tuple(x.shape)}, expected [B, 3, H, W], whose colours it can change; "
-                f"repeat the channel, or use 'tent'"
-            )
         x = x.clone() if x.is_inference() else x.detach()
         kind = (x.shape[1:], x.dtype, torch.is_autocast_enabled(x.device.type))
         if kind not in self._accepted:
             self._try(x.clone())  # a model may change its input in place
+            if self.augments and x.shape[1] != 3:
+                raise InputError(
+                    f"{self._who}: images have shape {tuple(x.shape)}, expected [B, 3, H, W], whose colours it can "
+                    f"change; give the model images of three channels, or use 'tent'"
+                )
             self._accepted.add(kind)
         return x
 
