@@ -103,7 +103,7 @@ def test_the_method_that_needs_most_decides() -> None:
 
 def test_what_is_too_little_says_what_is_missing() -> None:
     with pytest.raises(
-        InputError, match=r"tent needs 36 MB in tensors for 25 images, the fewest .* 200 .*weights 11.*"
+        InputError, match=r"tent needs 36 MB in tensors for batches of 25, the fewest .* 200 .*weights 11.*"
     ):
         choose_batch_size([need("tent", 11, 1)], 200, 30)
     with pytest.raises(InputError, match="6 MB more than 30"):
@@ -113,12 +113,12 @@ def test_what_is_too_little_says_what_is_missing() -> None:
 def test_no_fewer_than_a_method_needs_to_see() -> None:
     assert choose_batch_size([need("source", 1, 1)], 64, 3)[0] == 2
     assert choose_batch_size([need("norm", 1, 1, fewest=8)], 64, 9)[0] == 8
-    with pytest.raises(InputError, match="for 8 images"):
+    with pytest.raises(InputError, match="for batches of 8"):
         choose_batch_size([need("norm", 1, 1, fewest=8)], 64, 8.5)
     assert choose_batch_size([need("norm", 1, 1, fewest=8)], 4, 6)[0] == 4  # as asked for
 
 
 def test_a_window_is_what_a_method_sees() -> None:
     assert choose_batch_size([need("tent", 1, 1)], 1, 20, window=16)[0] == 1
-    with pytest.raises(InputError, match="17 MB in tensors for 16 images"):
+    with pytest.raises(InputError, match="17 MB in tensors for batches of 16"):
         choose_batch_size([need("tent", 1, 1)], 1, 10, window=16)

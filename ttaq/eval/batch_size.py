@@ -114,8 +114,8 @@ def choose_batch_size(needs: Sequence[Need], wanted: int, most_mb: float, window
                 why += f", and {_mb(_worst(needs, sizes[place - 1] * window)[1])} MB with {sizes[place - 1]}"
             return size, why
     raise InputError(
-        f"--max-memory: {worst.who} needs {_mb(parts)} MB in tensors for {sizes[-1] * window} images, the fewest that "
-        f"--batch-size {wanted} can be halved to ({parts.text()}), {parts.total / 1e6 - most_mb:.3g} MB more than "
+        f"--max-memory: {worst.who} needs {_mb(parts)} MB in tensors for batches of {sizes[-1] * window}, the fewest "
+        f"that --batch-size {wanted} can be halved to ({parts.text()}), {parts.total / 1e6 - most_mb:.3g} MB more than "
         f"{most_mb:g}; raise it, or choose a smaller model or a method that keeps less"
     )
 
