@@ -39,7 +39,7 @@ def test_demo_shows_a_table_and_writes_rows_and_plot(
     assert "one seed" in said
     assert f"plot: {(out / 'demo.png').resolve()}" in said
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert len(read_rows(out / "rows.jsonl")) == 3 * 3 * 16
+    assert len(read_rows(out / "demo.jsonl")) == 3 * 3 * 16
     assert cache.is_file()
 
 

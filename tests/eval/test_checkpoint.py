@@ -152,7 +152,7 @@ def test_a_full_disk_leaves_the_last_state_as_it_was(
     state = interrupted(path, 5)
     before = path.read_bytes(), state.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(f"ttaq.io.container.os.{call}", full)
+        patch.setattr(f"ttaq.io.atomic.os.{call}", full)
         with pytest.raises(CheckpointError, match=r"No space left on device; .* make room .* goes on from there"):
             make(path, checkpoint_every=1)
     assert (path.read_bytes(), state.read_bytes()) == before

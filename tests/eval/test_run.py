@@ -132,6 +132,17 @@ def interrupted(path: Path) -> Path:
     return state
 
 
+def test_a_summary_without_its_domains_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    make(path, **OPTIONS)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], *lines[2:]]))
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match="has the summary of tent on float, but lacks 1 of its 3 domains"):
+        make(path, **OPTIONS)
+    assert path.read_bytes() == before
+
+
 def test_a_state_whose_rows_were_removed_is_not_trusted(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     interrupted(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -169,3 +170,10 @@ def test_needs_a_last_linear_layer(name: str) -> None:
     wrong = nn.Sequential(*batch_norm_net(), nn.Linear(CLASSES, 3), nn.Flatten(), nn.ZeroPad1d(1))
     with pytest.raises(InputError, match="answers with 5 classes and its last linear layer has 3 outputs"):
         make(name, wrong)(stream()[0])
+
+
+@pytest.mark.parametrize("bad", [torch.full((4, 3, 8, 8), math.nan), torch.zeros(4, 3, 8, 8, dtype=torch.uint8)])
+def test_source_images_that_say_nothing_are_refused(bad: torch.Tensor) -> None:
+    for name in ("eata", "rmt"):
+        with pytest.raises(InputError, match="expected finite floating point"):
+            build(name, batch_norm_net(), source_images=bad)

@@ -149,6 +149,14 @@ def test_images_that_are_not_finite_teach_nothing_and_cost_nothing() -> None:
     assert [torch.equal(guarded(x), plain(x)) for x in rest] == [True] * 3
 
 
+@pytest.mark.parametrize("net", [batch_norm_net, quantized_net])
+def test_images_that_are_not_finite_are_seen_whatever_becomes_of_them(net: Any) -> None:
+    """Grids of a quantized model make finite numbers of them."""
+    guarded = Guarded(build("tent", net(), check_finite=False), QUIET)
+    guarded(torch.full((4, 3, 8, 8), float("nan")))
+    assert reasons(guarded) == ["nonfinite"]
+
+
 @pytest.mark.parametrize("name", sorted(TESTED.keys() - {"everything"}))  # which keeps a plain mean: see below
 def test_no_method_is_spoiled_by_images_that_are_not_finite(name: str) -> None:
     guarded = Guarded(TESTED[name](batch_norm_net(), check_finite=False), QUIET)

@@ -32,6 +32,12 @@ __all__ = [
 ]
 
 
+_OWN_FLAG = {"seed": "the flag for seeds", "source_images": "--source-images", "model": "--model", "name": "--methods"}
+"""What is handed to a method beside its options."""
+
+_MOST_THREADS = 1024
+
+
 def add_data(parser: argparse.ArgumentParser) -> None:
     """`--dataset` and `--data`."""
     parser.add_argument("--dataset", choices=list(DATASETS), default="cifar10", help="which images")
@@ -63,11 +69,15 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def set_up_torch(args: argparse.Namespace) -> torch.device:
     """The chosen device, after setting the number of threads."""
     if args.threads is not None:
+        if args.threads > _MOST_THREADS:
+            raise InputError(f"--threads: {args.threads} is more than the {_MOST_THREADS} there may be; choose fewer")
         torch.set_num_threads(args.threads)
     if args.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(args.device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError
     except RuntimeError:
         raise InputError(f"--device: unknown device {args.device!r}, expected cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -138,6 +148,8 @@ def method_options(items: Sequence[str], methods: Sequence[str]) -> Mapping[str,
         method, dot, option = name.partition(".")
         if not (equals and dot and option):
             raise InputError(f"--option: got {item!r}, expected METHOD.NAME=VALUE such as tent.lr=1e-3")
+        if option in _OWN_FLAG:
+            raise InputError(f"--option: {option} is no option of {method}; use {_OWN_FLAG[option]}")
         if method not in options:
             raise InputError(f"--option: {item!r} is for {method!r}, expected one for {' or '.join(methods)}")
         options[method][option] = _literal(text)
@@ -154,12 +166,17 @@ def _literal(text: str) -> Any:
         return text
 
 
-def check_output(path: Path, flag: str) -> None:
-    """Refuse a file that could not be written, before any work is done for it."""
+def check_output(path: Path, flag: str, taken: Sequence[Path] = ()) -> None:
+    """Refuse a file that could not be written, or that is one of those `taken` by the same command, before any work is
+    done for it."""
     folder = path.parent
     if not folder.is_dir():
         raise DataError(f"{flag}: the folder {folder} does not exist; create it or choose another one")
     if path.is_dir():
         raise DataError(f"{flag}: {path} is a folder, expected a file name")
+    if path.exists() and not path.is_file():
+        raise DataError(f"{flag}: {path} is no regular file; choose another name")
+    if any(os.path.realpath(path) == os.path.realpath(other) for other in taken):
+        raise DataError(f"{flag}: {path} is already a file of this command and would be lost; choose another name")
     if not os.access(path if path.exists() else folder, os.W_OK):
         raise DataError(f"{flag}: {path} cannot be written, permission is missing; choose another place")

@@ -46,7 +46,7 @@ def _architecture(text: str) -> str:
 
 def execute(args: argparse.Namespace) -> None:
     """Run the command."""
-    check_output(args.out, "--out")
+    check_output(args.out, "--out", [args.source])
     options: dict[str, Any] = {"num_classes": args.num_classes, "mean": args.mean, "std": args.std}
     options = {name: value for name, value in options.items() if value is not None}
     header = convert_foreign(args.source, args.out, args.architecture, entry=args.entry, **options)

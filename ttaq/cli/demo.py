@@ -12,7 +12,18 @@ from ttaq.cli.demo_model import ARCHITECTURE, demo_model
 from ttaq.cli.progress import ProgressLine
 from ttaq.data import load_digits, to_float
 from ttaq.errors import DataError
-from ttaq.eval import Domains, ModelInfo, Report, RowFile, Stream, build_report, calibration_images, plot, run, table
+from ttaq.eval import (
+    Domains,
+    ModelInfo,
+    Report,
+    RowFile,
+    Stream,
+    build_report,
+    calibration_images,
+    plot,
+    run,
+    table,
+)
 from ttaq.eval.metrics import error_percent
 from ttaq.io import model_hash
 from ttaq.ptq import quantize
@@ -45,7 +56,7 @@ def execute(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        rows_file, picture = args.out / "rows.jsonl", args.out / "demo.png"
+        rows_file, picture = args.out / "demo.jsonl", args.out / "demo.png"
         rows_file.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(

@@ -58,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> None:
     """Run the command."""
-    check_output(args.out, "--out")
+    check_output(args.out, "--out", [Path(args.model), Path(args.model.rpartition(":")[2])])
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed: {args.seed}, expected an integer from 0 below 2^63")
     scheme = Scheme.parse(args.scheme)
     options = method_options(args.option, [args.method])[args.method]
     settings = settings_of(args.method, args.preset, options)  # wrong ones are found before anything is loaded

@@ -23,6 +23,7 @@ from ttaq.eval import (
     read_kernel_rows,
     read_rows,
 )
+from ttaq.io.atomic import write_atomically
 
 __all__ = ["IF_INTERRUPTED", "add_arguments", "execute"]
 
@@ -60,9 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> None:
     """Run the command."""
+    taken = list(args.rows)
     for path, flag in ((args.out, "--out"), (args.csv, "--csv"), (args.plot, "--plot")):
         if path is not None:
-            check_output(path, flag)
+            check_output(path, flag, taken)
+            taken.append(path)
     if args.kernels:
         _kernels(args)
         return
@@ -96,7 +99,7 @@ def _write_text(text: str, path: Path | None) -> None:
     if path is None:
         print(text, end="")
         return
-    path.write_text(text, encoding="utf-8")
+    write_atomically("report", path, text.encode(), DataError)
     print(f"wrote {path}")
 
 

@@ -116,7 +116,7 @@ def choose_batch_size(needs: Sequence[Need], wanted: int, most_mb: float, window
     raise InputError(
         f"--max-memory: {worst.who} needs {_mb(parts)} MB in tensors for batches of {sizes[-1] * window}, the fewest "
         f"that --batch-size {wanted} can be halved to ({parts.text()}), {parts.total / 1e6 - most_mb:.3g} MB more than "
-        f"{most_mb:g}; raise it, or choose a smaller model or a method that keeps less"
+        f"{most_mb:g}; raise it, or choose a smaller --batch-size or model, or a method that keeps less"
     )
 
 

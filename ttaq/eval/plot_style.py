@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import textwrap
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from ttaq.errors import DataError
 from ttaq.eval.report import Report
+from ttaq.io.atomic import write_atomically
 
 __all__ = ["COLOURS", "MARKERS", "caption", "clean", "legend", "save", "style"]
 
@@ -49,9 +51,9 @@ def caption(figure: Any, report: Report, bars: str) -> None:
 
 def save(figure: Any, path: str | os.PathLike[str], who: str) -> None:
     """Write the file, in the format that its suffix names."""
+    picture = io.BytesIO()
     try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{who}: cannot write {Path(path)} ({error}); choose a .png file in a writable folder"
-        ) from None
+        figure.savefig(picture, format=Path(path).suffix[1:] or None)
+    except ValueError as error:
+        raise DataError(f"{who}: cannot write {Path(path)} ({error}); choose a .png file") from None
+    write_atomically(who, Path(path), picture.getvalue(), DataError)

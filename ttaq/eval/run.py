@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import ttaq.tta
-from ttaq.errors import InputError
+from ttaq.errors import CheckpointError, InputError
 from ttaq.eval.checkpoint import Checkpoint, refuse_what_is_there
 from ttaq.eval.domains import Domains
 from ttaq.eval.latency import mean_latency
@@ -129,6 +129,11 @@ def run(
     before = [row for row in rows.rows if cell_of(row) == cell]
     written = {row["index"]: row for row in before if row["kind"] == "domain"}
     if any(row["kind"] == "summary" for row in before):
+        if missing := set(range(len(domains))) - set(written):
+            raise CheckpointError(
+                f"run: {rows.path} has the summary of {method} on {info.scheme}, but lacks {len(missing)} of its "
+                f"{len(domains)} domains; put their lines back, or remove the rest of that run to run it again"
+            )
         checkpoint.forget()
         return []
 

@@ -85,6 +85,8 @@ class Stream:
             _one_of("corruption", name, (*CORRUPTIONS, *VALIDATION_CORRUPTIONS, CLEAN))
         if len(set(self.corruptions)) != len(self.corruptions):
             raise InputError(f"Stream: corruptions {self.corruptions} name one twice, expected each at most once")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**31:
+            raise InputError(f"Stream: seed is {self.seed!r}, expected an integer from 0 below 2^31")
         if self.severity not in range(1, 6):
             raise InputError(f"Stream: severity is {self.severity}, expected 1 to 5")
         for flag in ("batch_size", "images", "rounds", "window", "length"):

@@ -15,11 +15,9 @@ Reading never executes anything in the file.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ttaq.errors import CheckpointError
+from ttaq.io.atomic import write_atomically
 from ttaq.nn.hash_tensors import hash_tensors
 from ttaq.version import __version__
 
@@ -90,7 +89,7 @@ def write(
         raise CheckpointError(
             f"{who}: {path} cannot hold this: {error}; the header takes JSON values, names take text"
         ) from error
-    _write_atomically(who, Path(path), content)
+    write_atomically(who, Path(path), content, make_folders=True)
 
 
 def read_header(path: str | os.PathLike[str], *, who: str = "read_header") -> Header:
@@ -174,30 +173,3 @@ def _plain(tensor: Tensor, who: str, name: str) -> Tensor:
             f"{who}: {name} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}, which cannot be stored"
         )
     return tensor.detach().cpu().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
-
-
-def _write_atomically(who: str, path: Path, content: bytes) -> None:
-    target = Path(os.path.realpath(path))  # a link stays a link
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise CheckpointError(
-            f"{who}: cannot write {path}: {error.strerror or error}; what was there before is unchanged"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-    # The rename itself survives a power cut only once the folder is on the disk; not every system lets a folder be
-    # synced.
-    with contextlib.suppress(OSError):
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

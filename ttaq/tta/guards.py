@@ -69,7 +69,7 @@ class Guarded:
 
     After each batch a handful of figures, computed on the device, is read once (`signals`, by the names of the limits):
 
-        nonfinite   a logit is NaN or infinite
+        nonfinite   a logit is NaN or infinite, or a value of the images: a grid of activations makes numbers of those
         entropy     the running mean of the entropy is below its limit
         classes     the entropy of the mean prediction, running or of this batch, is below its limit
         spike       the entropy of this batch is too far above its running mean
@@ -141,7 +141,7 @@ class Guarded:
             return logits
         numbers["since"] += 1
         numbers["age"] += 1
-        alarm = self._judge(logits)
+        alarm = self._judge(logits, x)
         if alarm is None:
             if self.limits.snapshot_every and numbers["since"] % self.limits.snapshot_every == 0:
                 self.keep()
@@ -260,14 +260,14 @@ class Guarded:
         return all(bool(value.isfinite().all()) for value in values)
 
     @torch.no_grad()
-    def _signals(self, logits: Tensor) -> list[float]:
+    def _signals(self, logits: Tensor, x: Tensor) -> list[float]:
         """Whether all is finite; entropy; that of the running and of this batch's mean prediction; drift."""
         p = logits.float().softmax(1)
         classes = p.shape[1]
         own = p.mean(0)
         keep = math.exp(-len(p) / max(_HORIZON, 10 * classes))
         mean = torch.full_like(own, 1 / classes) if self._mean is None else self._mean
-        finite = p.isfinite().all()
+        finite = p.isfinite().all() & x.isfinite().all()
         self._mean = torch.where(finite, keep * mean + (1 - keep) * own, mean)
         entropy = torch.special.entr(p).sum(1).mean()
         diversity, own_diversity = torch.special.entr(torch.stack([self._mean, own])).sum(1)
@@ -280,9 +280,9 @@ class Guarded:
         values: list[float] = torch.stack([finite.to(entropy.dtype), entropy, diversity, own_diversity, drift]).tolist()
         return values
 
-    def _judge(self, logits: Tensor) -> Alarm | None:
+    def _judge(self, logits: Tensor, x: Tensor) -> Alarm | None:
         batch, classes = len(logits), max(logits.shape[1], 2)
-        finite, entropy, diversity, own, drift = self._signals(logits)
+        finite, entropy, diversity, own, drift = self._signals(logits, x)
         number = self._numbers["batches"]
         if not finite:
             return Alarm(number, "nonfinite", math.nan, 0.0)

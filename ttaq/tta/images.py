@@ -45,4 +45,7 @@ def check_source_images(who: str, images: Tensor | None, without: str) -> Tensor
             f"{who}: source_images is {got}, expected at least 2 images [N, C, H, W] of the data that the model was "
             f"trained on; without any use {without!r}"
         )
+    if not images.is_floating_point() or not bool(images.isfinite().all()):
+        got = f"{images.dtype}" if not images.is_floating_point() else "not finite"
+        raise InputError(f"{who}: source_images are {got}, expected finite floating point in [0, 1]: x.float() / 255")
     return images
