@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from run_cases import OPTIONS, STREAM, repeatable, small_model
 
 from ttaq.errors import CheckpointError, InputError
 from ttaq.eval import Domains, RowFile, Stream, read_rows, run
-from ttaq.tta import build
+from ttaq.eval.checkpoint import Checkpoint
+from ttaq.tta import METHODS, build
 
 
 def make(path: Path, method: str = "tent", **options: object) -> list[dict[str, object]]:
@@ -54,6 +56,40 @@ def test_errors_are_those_of_the_adapter(tmp_path: Path) -> None:
         assert row["error"] == pytest.approx(100 * sum(wrong) / 40)
         assert row["trace"] == {"n": [16, 16, 8], "wrong": wrong}
         assert row["parts"] == {}
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_labels_never_reach_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """With other labels the adapter ends in the same state, and only the scores differ."""
+    options = {"cotta": {"augmentations": 2}, "rotta": {"update_every": 16}}.get(method, {})
+    stream = replace(STREAM, corruptions=("fog",))
+    found = []
+    for keep in (1, 0):
+        states: list[dict[str, object]] = []
+        domains = Domains(stream)
+        batches = domains.batches
+        monkeypatch.setattr(
+            domains,
+            "batches",
+            lambda *at, batches=batches, keep=keep: ((x, keep * y, recipe) for x, y, recipe in batches(*at)),
+        )
+        with RowFile(tmp_path / f"{keep}.jsonl") as rows, monkeypatch.context() as patch:
+            patch.setattr(Checkpoint, "save", lambda _, state, states=states: states.append(state["adapter"]))
+            made = run(small_model(), method, domains, rows, options=options)
+        found.append((states, made[-1]["error"], made[-1]["ece"]))
+    (one, *scores), (other, *other_scores) = found
+    assert len(one) == 1
+    assert torch.equal(flat(one), flat(other))
+    assert scores != other_scores
+
+
+def flat(value: object) -> torch.Tensor:
+    """Every tensor in a state, one behind the other."""
+    if isinstance(value, torch.Tensor):
+        return value.double().flatten()
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    parts = [flat(item) for item in items]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
 
 def test_a_mixed_domain_says_how_each_corruption_went(tmp_path: Path) -> None:
