@@ -59,7 +59,7 @@ def test_too_little_memory_says_what_is_missing(
 ) -> None:
     assert adapt(files, tmp_path / "rows.jsonl", "--methods", "tent", "--max-memory", "0.1") == 1
     said = capsys.readouterr().err
-    for part in ("for 10 images", "weights", "optimizer", "state", "activations", "MB more than 0.1"):
+    for part in ("for batches of 10", "weights", "optimizer", "state", "activations", "MB more than 0.1"):
         assert part in said
     assert not (tmp_path / "rows.jsonl").exists()
 
