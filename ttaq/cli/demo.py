@@ -12,18 +12,7 @@ from ttaq.cli.demo_model import ARCHITECTURE, demo_model
 from ttaq.cli.progress import ProgressLine
 from ttaq.data import load_digits, to_float
 from ttaq.errors import DataError
-from ttaq.eval import (
-    Domains,
-    ModelInfo,
-    Report,
-    RowFile,
-    Stream,
-    build_report,
-    calibration_images,
-    plot,
-    run,
-    table,
-)
+from ttaq.eval import Domains, ModelInfo, Report, RowFile, Stream, build_report, calibration_images, plot, run, table
 from ttaq.eval.metrics import error_percent
 from ttaq.io import model_hash
 from ttaq.ptq import quantize
